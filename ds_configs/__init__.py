@@ -1,0 +1,1 @@
+"""DeepSpeed configs with a stability block: zero*.json for transformers' Trainer, loop_*.json for plain loops."""

@@ -1,0 +1,291 @@
+"""The `stability` block of a DeepSpeed JSON: its keys, their ranges, and one-line errors for everything else.
+
+    config, stability = split_config(load_ds_config("ds_configs/loop_zero3.json"))
+    stability.resolve(pretrained=True).family_level("feedback", step=120)
+
+Importing this module is cheap: no torch, no deepspeed, no transformers.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from typing_extensions import TypedDict
+
+from ds_stability.config_describe import KeyInfo, describe_model, translate
+from ds_stability.config_errors import InvalidValue, did_you_mean, one_line, show_value
+from ds_stability.deepspeed_config import find_auto, load_ds_config, unsupported_features, zero_stage
+from ds_stability.errors import StabilityConfigError
+from ds_stability.schedule import (
+    LEVEL_ALLOWED,
+    MAX_STEP,
+    Schedule,
+    format_level,
+    level_at,
+    max_level,
+    parse_level_flag,
+    parse_schedule,
+)
+
+__all__ = ["KeyInfo", "Schedule", "StabilityConfig", "describe", "find_auto", "format_level", "level_at",
+           "load_ds_config", "max_level", "parse_level_flag", "split_config", "unsupported"]  # fmt: skip
+
+BLOCK = "stability"
+WARMUP_PRETRAINED, WARMUP_SCRATCH = 10, 100
+REGULARIZATION_MAX = {"z_loss": 1e-2, "label_smoothing": 0.3, "init_decay": 0.1}
+
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+_Level = Annotated[Any, PlainValidator(parse_schedule)]
+_OptionalLevel = Annotated[Any, PlainValidator(lambda value: None if value is None else parse_schedule(value))]
+_Steps = Annotated[int, Field(ge=0, le=MAX_STEP)]
+_Count = Annotated[int, Field(ge=1, le=MAX_STEP)]
+_Share = Annotated[float, Field(gt=0, lt=1)]
+_Path = Annotated[str, Field(min_length=1)]
+
+
+def _family_level(meaning: str) -> Any:
+    return Field(None, description=f"{meaning}; null = the block's level",
+                 json_schema_extra={"allowed": f"{LEVEL_ALLOWED}, or null"})  # fmt: skip
+
+
+class _Section(BaseModel):
+    model_config = _STRICT
+
+
+class FeedbackConfig(_Section):
+    level: _OptionalLevel = _family_level("level L of feedback, whose target variance ratio is 1 - L")
+
+
+class ClippingConfig(_Section):
+    level: _OptionalLevel = _family_level(
+        "level L of clipping at mean + k sd of earlier log gradient norms, k = 4(1 - L)/L - 4L"
+    )
+    ema_decay: _Share = Field(0.97, description="decay per applied step of the log gradient norm's mean and variance")
+
+
+class AveragingConfig(_Section):
+    level: _OptionalLevel = _family_level("level L of gradient averaging, whose decay is beta_max * L")
+    beta_max: _Share = Field(0.99, description="decay of the gradient average at level 1 (kept in fp32)")
+
+
+class RegularizationConfig(_Section):
+    level: _OptionalLevel = _family_level("level L of regularization, whose coefficient is max * L^2")
+    kind: Literal["z_loss", "label_smoothing", "init_decay"] = Field(
+        "z_loss", description="penalty on the squared log-partition, label smoothing, or pull to the initial weights"
+    )
+    max: _Share | None = Field(
+        None, description="coefficient at level 1; null = 0.01 (z_loss), 0.3 (label_smoothing) or 0.1 (init_decay)"
+    )
+
+
+class Stabilizers(TypedDict, total=False):
+    """The families that the level drives, by name; an absent family is off."""
+
+    __pydantic_config__ = _STRICT
+    feedback: FeedbackConfig
+    clipping: ClippingConfig
+    averaging: AveragingConfig
+    regularization: RegularizationConfig
+
+
+class ControllerConfig(_Section):
+    warmup_steps: _Steps | None = Field(
+        None,
+        description=f"applied steps at gain 0 before feedback starts; null = {WARMUP_PRETRAINED} from pretrained "
+        f"weights, {WARMUP_SCRATCH} from scratch",
+    )
+    ramp_steps: _Steps = Field(5, description="applied steps over which the gain is then faded in")
+    gain_max: float = Field(
+        8.0, gt=0, le=50, description="largest gain of the token weights; a level that asks for more is saturated"
+    )
+    trim_kp: float = Field(0.1, ge=0, le=10, description="proportional part of the trim on the ratio's error")
+    trim_ki: float = Field(0.02, ge=0, le=10, description="integral part of the trim, per applied step")
+    trim_max: float = Field(0.5, ge=0, le=50, description="largest trim, in units of gain; 0 = feed-forward only")
+
+
+class StatisticsConfig(_Section):
+    high_frequency_coverage: _Share = Field(
+        0.5, description="share of the training tokens that the high-frequency set covers"
+    )
+    high_frequency_file: _Path | None = Field(
+        None, description="high_frequency.json of another run, used as the set; null = count the training data"
+    )
+    ema_decay: _Share = Field(0.9, description="decay per applied step of the surprisal moments")
+    interval: _Count = Field(
+        1, description="measure token statistics every so many optimizer steps; above 1 on the stock loss path only"
+    )
+    gradient_noise_scale: bool = Field(True, description="measure the gradient noise scale")
+    update_ratio_interval: _Steps = Field(
+        10, description="measure update norm over weight norm every so many optimizer steps; 0 = off"
+    )
+    chunk_size: _Count | None = Field(
+        None, description="tokens per chunk of the loss; null = chosen from the vocabulary size and the device"
+    )
+
+
+class ProbeConfig(_Section):
+    interval: _Steps = Field(0, description="generate from fixed prompts every so many optimizer steps; 0 = off")
+    num_prompts: _Count = Field(16, description="prompts of a probe")
+    max_new_tokens: _Count = Field(64, description="tokens generated per prompt")
+    prompts_file: _Path | None = Field(
+        None, description="text file with one prompt a line; null = prompts from the held-out text"
+    )
+    max_gather_gib: float = Field(
+        20.0, gt=0, le=10**6, description="skip the probe where the gathered weights would take more GiB than this"
+    )
+
+
+class StabilityConfig(_Section):
+    """The `stability` block, frozen. Build it with `parse`, for one-line errors; `describe()` lists every key."""
+
+    level: _Level = Field(
+        0.0,
+        description="requested stabilization level over applied steps: 0 = plain training, 1 = extreme",
+        json_schema_extra={"allowed": LEVEL_ALLOWED},
+    )
+    stabilizers: Stabilizers | None = Field(
+        None, description="families that the level drives; null = feedback alone, {} = none"
+    )
+    controller: ControllerConfig = Field(ControllerConfig(), description="the feedback loop")
+    statistics: StatisticsConfig = Field(StatisticsConfig(), description="what is measured at every step")
+    probe: ProbeConfig = Field(ProbeConfig(), description="generation during training")
+    loss_path: Literal["stock", "chunked"] | None = Field(
+        None, description="the model's own loss with statistics beside it, or ours; null = stock if nothing is above 0"
+    )
+    max_skipped_steps: _Count = Field(10, description="skipped optimizer steps in a row that end the run")
+
+    @model_validator(mode="after")
+    def _check_loss_path(self) -> "StabilityConfig":
+        if self.loss_path == "stock" and self._acts_through_loss():
+            raise InvalidValue(
+                ".loss_path", "stock",
+                '"chunked" or null, as feedback, z_loss and label_smoothing above level 0 act through the chunked loss',
+            )  # fmt: skip
+        if self.statistics.interval != 1 and self.resolved_loss_path != "stock":
+            raise InvalidValue(
+                ".statistics.interval", self.statistics.interval,
+                "1 unless loss_path is stock, as the chunked loss and its controller need every step",
+            )  # fmt: skip
+        return self
+
+    @classmethod
+    def parse(cls, block: Any, source: str = BLOCK) -> "StabilityConfig":
+        """Validate a JSON block. Raises StabilityConfigError with one line, whose key path starts with `source`."""
+        if isinstance(block, cls):
+            return block
+        try:
+            return cls.model_validate(block)
+        except ValidationError as error:
+            raise StabilityConfigError(translate(error, cls, source)) from None
+
+    @property
+    def families(self) -> dict[str, Any]:
+        """The families in use by name, with their configs; {"feedback": FeedbackConfig()} where none are named."""
+        return {"feedback": FeedbackConfig()} if self.stabilizers is None else dict(self.stabilizers)
+
+    def family_schedule(self, family: str) -> Schedule:
+        """The family's own schedule, else the block's; 0.0 if the family is absent."""
+        config = self.families.get(family)
+        if config is None:
+            return 0.0
+        return self.level if config.level is None else config.level
+
+    def family_level(self, family: str, step: int) -> float:
+        """Level of a family at applied step `step`; 0.0 if the family is absent."""
+        return level_at(self.family_schedule(family), step)
+
+    def max_level(self, family: str) -> float:
+        """The highest level that the family ever reaches; 0.0 if it is absent."""
+        return max_level(self.family_schedule(family))
+
+    @property
+    def active(self) -> bool:
+        """Whether any family is ever above level 0."""
+        return any(self.max_level(family) > 0 for family in self.families)
+
+    def _acts_through_loss(self) -> bool:
+        penalty = self.families.get("regularization")
+        penalized = penalty is not None and penalty.kind != "init_decay" and self.max_level("regularization") > 0
+        return penalized or self.max_level("feedback") > 0
+
+    @property
+    def resolved_loss_path(self) -> Literal["stock", "chunked"]:
+        """The loss path of the run: as asked, else stock if no family is ever above level 0."""
+        return self.loss_path or ("chunked" if self.active else "stock")
+
+    def with_level(self, level: Schedule, source: str = BLOCK) -> "StabilityConfig":
+        """This block at another level (the `--stability_level` flag). Families with a level of their own keep it."""
+        return self.parse({**self.to_dict(), "level": level}, source)
+
+    def resolve(self, pretrained: bool) -> "StabilityConfig":
+        """This block with every null filled that does not depend on model or data: what a manifest records.
+
+        Still null afterwards: files that are not given, and `chunk_size`.
+        """
+        block = self.to_dict()
+        if block["controller"]["warmup_steps"] is None:
+            block["controller"]["warmup_steps"] = WARMUP_PRETRAINED if pretrained else WARMUP_SCRATCH
+        block["stabilizers"] = {name: config.model_dump(mode="json") for name, config in self.families.items()}
+        for name, family in block["stabilizers"].items():
+            family["level"] = self.family_schedule(name)
+        penalty = block["stabilizers"].get("regularization")
+        if penalty is not None and penalty["max"] is None:
+            penalty["max"] = REGULARIZATION_MAX[penalty["kind"]]
+        block["loss_path"] = self.resolved_loss_path
+        return self.parse(block)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, every key present; `parse` reads them back to an equal object."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the canonical JSON. Compare resolved blocks: a null and what it resolves to differ here."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def describe() -> list[KeyInfo]:
+    """Every key of the block in order, with default, what is allowed and its meaning, for tables and reports."""
+    return list(describe_model(StabilityConfig))
+
+
+def split_config(ds_config: dict[str, Any]) -> tuple[dict[str, Any], StabilityConfig]:
+    """The DeepSpeed config without its `stability` block, and the block (level 0 if there is none).
+
+    Raises StabilityConfigError for a wrong block and for a top-level key that looks like the block or a key of it:
+    DeepSpeed ignores unknown top-level keys, so a misspelled block would train at level 0 without a word.
+    """
+    for key, value in ds_config.items():
+        if isinstance(key, str) and key != BLOCK:
+            _refuse_near_miss(key, value)
+    rest = {key: value for key, value in ds_config.items() if key != BLOCK}
+    return rest, StabilityConfig.parse(ds_config[BLOCK]) if BLOCK in ds_config else StabilityConfig()
+
+
+def _refuse_near_miss(key: str, value: object) -> None:
+    shown = f"{one_line(key, 60)}: unknown top-level key (value {show_value(value)})"
+    if key.lower().startswith("stabil") or did_you_mean(key, [BLOCK], cutoff=0.75):
+        raise StabilityConfigError(f'{shown}; did you mean "{BLOCK}"? the block must have exactly this name')
+    if key in StabilityConfig.model_fields:
+        raise StabilityConfigError(f'{shown}; did you mean "{BLOCK}.{key}"? it must stand inside the "{BLOCK}" block')
+
+
+def unsupported(ds_config: dict[str, Any], stability: StabilityConfig | None = None) -> list[str]:
+    """One sentence for each thing in the config that ds_stability does not work with yet; [] if all is well.
+
+    Args:
+        ds_config: DeepSpeed config, with or without the block.
+        stability: the block; None reads it from `ds_config`.
+    """
+    if stability is None:
+        ds_config, stability = split_config(ds_config)
+    problems = unsupported_features(ds_config)
+    if zero_stage(ds_config) == 0:
+        problems += [
+            f"{BLOCK}.stabilizers.{family}: gradient {family} works at ZeRO stages 1 to 3 and "
+            "zero_optimization.stage is 0; set a stage, or leave the family out"
+            for family in ("clipping", "averaging")
+            if stability.max_level(family) > 0
+        ]
+    return problems

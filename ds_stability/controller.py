@@ -1,0 +1,139 @@
+"""The feedback controller: from the global sums of a step to the gain of the next one.
+
+A plain state machine on Python floats, without torch: the same sums give the same state on every rank, so nothing is
+broadcast. The law is design section 3: a feed-forward solve on the smoothed surprisal histogram finds the gain whose
+variance ratio is 1 - level, and a small PI term trims what the solve gets wrong.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from ds_stability import histogram as hist
+from ds_stability.statistics import StepSums, surprisal_moments, variance_ratio
+
+HISTOGRAM_DECAY = 0.75  # smooths the histogram over about 4 steps
+
+
+@dataclass
+class Setting:
+    """What the loss of the next step uses: fixed before the step, equal on all ranks."""
+
+    gain: float = 0.0
+    mu: float = 0.0  # nats
+    sigma: float = 1.0  # nats
+    mean_weight: float = 1.0
+
+
+@dataclass
+class ControllerState:
+    """Everything that a resumed run needs; JSON-ready."""
+
+    applied_steps: int = 0
+    moment_steps: int = 0  # applied steps that had a supervised token
+    ema_surprisal: float = 0.0
+    ema_surprisal_sq: float = 0.0
+    histogram: list[float] = field(default_factory=lambda: [0.0] * (3 * hist.NUM_BINS))
+    integral: float = 0.0
+    trim: float = 0.0
+    saturated: bool = False
+    setting: Setting = field(default_factory=Setting)
+
+
+class FeedbackController:
+    """Holds Var_w(s) / Var(s) at 1 - level.
+
+    Args:
+        level_at: requested level in [0, 1] by applied step, counted from 0.
+        warmup_steps: applied steps with gain 0, in which the moments settle.
+        ramp_steps: applied steps over which the gain is then faded in.
+        gain_max: upper bound of the gain; level 1 ends there.
+        trim_kp, trim_ki, trim_max: PI term on the ratio's error and the bound of its output, in units of gain.
+        ema_decay: decay per applied step of the surprisal moments.
+    """
+
+    def __init__(self, level_at, warmup_steps, ramp_steps=5, gain_max=8.0, trim_kp=0.1, trim_ki=0.02, trim_max=0.5,
+                 ema_decay=0.9):  # fmt: skip
+        self.level_at = level_at
+        self.warmup_steps, self.ramp_steps, self.gain_max = warmup_steps, ramp_steps, gain_max
+        self.trim_kp, self.trim_ki, self.trim_max = trim_kp, trim_ki, trim_max
+        self.ema_decay = ema_decay
+        self.state = ControllerState()
+
+    @property
+    def setting(self) -> Setting:
+        return self.state.setting
+
+    @property
+    def level(self) -> float:
+        """Level asked for in the step that is being run."""
+        return self.level_at(self.state.applied_steps)
+
+    def update(self, sums: StepSums) -> None:
+        """Advance by one applied step, whose finite global sums are `sums`. A skipped step must not call this."""
+        if not sums.finite:
+            raise ValueError("non-finite sums must not reach the controller")
+        state = self.state
+        target, ramp = 1.0 - self.level, self._ramp(state.applied_steps)
+        moments = surprisal_moments(sums)
+        if moments is not None:
+            self._observe(sums, moments)
+            if ramp >= 1.0:
+                self._update_trim(variance_ratio(sums), target)
+        state.applied_steps += 1
+        if state.moment_steps:
+            self._choose_setting()
+
+    def _ramp(self, step: int) -> float:
+        """Share of the gain in force at applied step `step`: 0 in warm-up, 1 after the ramp."""
+        return min(max((step - self.warmup_steps + 1) / self.ramp_steps, 0.0), 1.0) if self.ramp_steps else float(
+            step >= self.warmup_steps
+        )
+
+    def _observe(self, sums: StepSums, moments: tuple[float, float]) -> None:
+        state, keep = self.state, self.ema_decay
+        state.moment_steps += 1
+        state.ema_surprisal = keep * state.ema_surprisal + (1 - keep) * moments[0]
+        state.ema_surprisal_sq = keep * state.ema_surprisal_sq + (1 - keep) * moments[1]
+        fresh = (sums.bins / sums["tokens"]).ravel()
+        state.histogram = (HISTOGRAM_DECAY * np.array(state.histogram) + (1 - HISTOGRAM_DECAY) * fresh).tolist()
+
+    def _update_trim(self, ratio: float | None, target: float) -> None:
+        """PI on the ratio's error. Positive error: too much variance is left, the gain has to grow."""
+        state = self.state
+        if ratio is None or target >= 1.0 or state.saturated:
+            state.trim = 0.0 if target >= 1.0 else state.trim
+            return
+        error = ratio - target
+        at_upper = state.setting.gain >= self.gain_max or state.trim >= self.trim_max
+        at_lower = state.setting.gain <= 0.0 or state.trim <= -self.trim_max
+        if not (at_upper and error > 0) and not (at_lower and error < 0):
+            state.integral = _clip(state.integral + self.trim_ki * error, self.trim_max)
+        state.trim = _clip(self.trim_kp * error + state.integral, self.trim_max)
+
+    def _choose_setting(self) -> None:
+        """Solve for the gain of the coming step, and predict the mean weight under it."""
+        state = self.state
+        correction = 1.0 - self.ema_decay**state.moment_steps
+        mu = state.ema_surprisal / correction
+        sigma = math.sqrt(max(state.ema_surprisal_sq / correction - mu**2, 1e-12))
+        target, ramp = 1.0 - self.level, self._ramp(state.applied_steps)
+        points, masses = hist.quadrature(np.array(state.histogram).reshape(hist.NUM_BINS, 3))
+        gain, state.saturated = 0.0, False
+        if ramp > 0.0 and target < 1.0:
+            solved, state.saturated = hist.solve_gain(points, masses, target, self.gain_max, mu, sigma)
+            trim = 0.0 if state.saturated else state.trim
+            gain = ramp * min(max(solved + trim, 0.0), self.gain_max)
+        weight = hist.mean_weight(points, masses, gain, mu, sigma) if gain else 1.0
+        state.setting = Setting(gain, mu, sigma, weight)
+
+    def state_dict(self) -> dict:
+        return asdict(self.state)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = ControllerState(**{**state, "setting": Setting(**state["setting"])})
+
+
+def _clip(value: float, bound: float) -> float:
+    return min(max(value, -bound), bound)

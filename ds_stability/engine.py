@@ -1,0 +1,94 @@
+"""`initialize`: a DeepSpeed engine that measures and, above level 0, controls the stability of training.
+
+The live engine is extended by a dynamic subclass, so it stays a `DeepSpeedEngine` to Accelerate, Trainer and torch. One
+optimizer step, top to bottom, is `StabilityMixin._take_model_step`; what it uses is gathered in `stability.py`.
+"""
+
+import inspect
+import weakref
+
+import deepspeed
+import torch
+
+from ds_stability import checkpoint
+from ds_stability.config import StabilityConfig, split_config, unsupported
+from ds_stability.deepspeed_config import find_auto, load_ds_config
+from ds_stability.errors import StabilityConfigError
+from ds_stability.stability import Stability
+
+_deepspeed_initialize = deepspeed.initialize
+_ENGINES: "weakref.WeakKeyDictionary[torch.nn.Module, deepspeed.DeepSpeedEngine]" = weakref.WeakKeyDictionary()
+
+
+def initialize(*args, **kwargs):
+    """`deepspeed.initialize` with a `stability` block in its config; same arguments, same returned tuple.
+
+    Raises:
+        StabilityConfigError: the block is wrong, the config holds "auto" values (those are for Trainer, which fills them
+            in), asks for a feature that is not supported, or differs between ranks.
+    """
+    bound = inspect.signature(_deepspeed_initialize).bind_partial(*args, **kwargs)
+    given = bound.arguments.get("config") or bound.arguments.get("config_params")
+    if given is None and bound.arguments.get("args") is not None:
+        given = getattr(bound.arguments["args"], "deepspeed_config", None)  # the flag of deepspeed.add_config_arguments
+    ds_config, config = split_config(load_ds_config(given if given is not None else {}))
+    for sentence in unsupported(ds_config):
+        raise StabilityConfigError(sentence)
+    auto = find_auto(ds_config)
+    if auto:
+        raise StabilityConfigError(
+            f'{auto[0]} is "auto" (and {len(auto) - 1} more); only a transformers Trainer fills these in: write numbers, '
+            "or start from ds_configs/loop_zero3.json"
+        )
+    bound.arguments.pop("config_params", None)
+    bound.arguments["config"] = ds_config
+    result = _deepspeed_initialize(*bound.args, **bound.kwargs)
+    attach(result[0], config)
+    return result
+
+
+def attach(engine: deepspeed.DeepSpeedEngine, config: StabilityConfig) -> deepspeed.DeepSpeedEngine:
+    """Extend a live `engine` in place, before its first step. Collective: every rank must call it.
+
+    Raises:
+        StabilityConfigError: unsupported optimizer or engine, or blocks that differ between ranks.
+    """
+    if isinstance(engine, StabilityMixin):
+        raise StabilityConfigError("this engine already has a stability block attached; attach it once")
+    stability = Stability(engine, config)
+    object.__setattr__(engine, "stability", stability)  # not through nn.Module, which would look for submodules
+    kind = type(engine)
+    engine.__class__ = type(f"Stability{kind.__name__}", (StabilityMixin, kind), {})
+    _ENGINES[engine.module] = engine
+    return engine
+
+
+def engine_of(module: torch.nn.Module) -> deepspeed.DeepSpeedEngine | None:
+    """The extended engine that trains `module`, if there is one."""
+    return _ENGINES.get(module)
+
+
+class StabilityMixin:
+    """What the dynamic subclass adds to a DeepSpeedEngine."""
+
+    def _take_model_step(self, lr_kwargs):
+        stability = self.stability
+        sums = stability.reduce()  # the one collective and the one host synchronization of the step
+        with stability.in_force(sums):  # this step's clip threshold; a forced skip when a number is not finite
+            super()._take_model_step(lr_kwargs)
+        stability.finish(sums, applied=self.was_step_applied())
+
+    def save_checkpoint(self, save_dir, tag=None, client_state={}, save_latest=True, exclude_frozen_parameters=False):  # noqa: B006
+        """As DeepSpeed's (same signature: Trainer inspects it), with the stability state beside the shards."""
+        tag = str(tag if tag is not None else f"global_step{self.global_steps}")
+        state = self.stability.state_dict()
+        checkpoint.save(self, save_dir, tag, state)  # before `latest`, which DeepSpeed writes last
+        return super().save_checkpoint(save_dir, tag=tag, client_state={**client_state, checkpoint.KEY: state},
+                                       save_latest=save_latest,
+                                       exclude_frozen_parameters=exclude_frozen_parameters)  # fmt: skip
+
+    def load_checkpoint(self, load_dir, *args, **kwargs):
+        path, client_state = super().load_checkpoint(load_dir, *args, **kwargs)
+        if path is not None:
+            self.stability.load_state_dict(checkpoint.load(self, path, client_state))
+        return path, client_state

@@ -1,0 +1,210 @@
+"""One view of the reduced gradient over DeepSpeed's optimizers (0.19.8), by ZeRO stage and precision.
+
+Between the last backward of a step and `optimizer.step()` every DeepSpeed optimizer holds this rank's share of the
+reduced gradient, each in a place of its own (deepspeed-notes: runtime/zero/stage3.py `averaged_gradients` and
+`fp32_partitioned_groups_flat`, runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py, runtime/fp16). These classes
+name the place; they only read it. Gradients are changed elsewhere: in a step pre-hook of the base optimizer, where they
+are fp32, unscaled and clipped (`stabilizers/averaging.py`), and through the clip value that DeepSpeed itself applies.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from ds_stability.errors import StabilityConfigError
+
+
+class ReducedGradients:
+    """Reduced gradients of an engine at stage 0: replicated on every rank, in `param.grad`.
+
+    Attributes:
+        replicas: ranks that hold the same values; local sums are divided by it before the all-reduce.
+    """
+
+    def __init__(self, engine):
+        self.engine, self.optimizer = engine, engine.optimizer
+        self.replicas = engine.seq_dp_world_size
+
+    def partitions(self) -> list[torch.Tensor]:
+        """fp32 parameter partitions that the base optimizer steps, in the order of `tensors()`; none at stage 0."""
+        return []
+
+    def tensors(self) -> Iterator[list[torch.Tensor]]:
+        """Lists of gradient tensors, one list per optimizer group; any float dtype, still times `loss_scale`."""
+        yield [p.grad for p in self.engine.module.parameters() if p.requires_grad and p.grad is not None]
+
+    @property
+    def loss_scale(self) -> float:
+        if isinstance(self.optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
+            return float(self.optimizer.loss_scale_config.cur_scale)
+        return 1.0
+
+    def scaling_down(self, scale: float) -> bool:
+        """True if a skipped step at loss scale `scale` was a dynamic scale looking for its range."""
+        return self.engine.fp16_enabled() and self.engine.dynamic_loss_scale() and self.loss_scale < scale
+
+    def base_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The torch optimizers whose `step` receives fp32, unscaled, clipped gradients."""
+        if isinstance(self.optimizer, FP16_Optimizer | FP16_UnfusedOptimizer):
+            return [self.optimizer.optimizer]
+        return [self.optimizer]
+
+    @contextmanager
+    def clipped_at(self, threshold: float | None) -> Iterator[None]:
+        """Clip this step at `threshold` (None: leave DeepSpeed's own value)."""
+        if threshold is None:
+            yield
+            return
+        static = self.optimizer.clip_grad
+        self.optimizer.clip_grad = min(static, threshold) if static > 0.0 else threshold
+        try:
+            yield
+        finally:
+            self.optimizer.clip_grad = static
+
+    @contextmanager
+    def skipped(self) -> Iterator[None]:
+        """Make DeepSpeed skip this step as it skips an overflow: no update, counted, learning rate held."""
+        if isinstance(self.optimizer, torch.optim.Optimizer):  # stage 0 in fp32 has no overflow path of its own
+            step = self.optimizer.step
+            self.optimizer.step, self.optimizer.overflow = _no_step, True
+            try:
+                yield
+            finally:
+                self.optimizer.step = step
+                self.optimizer.overflow = False
+            return
+        next(self.tensors())[0].view(-1)[:1].fill_(torch.nan)
+        yield
+
+
+class Zero12Gradients(ReducedGradients):
+    """ZeRO stages 1 and 2 (`DeepSpeedZeroOptimizer`), with and without CPU offload."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.replicas = 1
+
+    def tensors(self):
+        for index in range(len(self.optimizer.bit16_groups)):
+            if self.optimizer.cpu_offload:
+                yield [self.optimizer.single_partition_of_fp32_groups[index].grad]
+            else:
+                yield list(self.optimizer.averaged_gradients[index])
+
+    def partitions(self):
+        return list(self.optimizer.single_partition_of_fp32_groups)
+
+    @property
+    def loss_scale(self):
+        return float(self.optimizer.loss_scale)
+
+    def base_optimizers(self):
+        return [self.optimizer.optimizer]
+
+    @contextmanager
+    def skipped(self):
+        checked = self.optimizer.check_grad_overflow
+        self.optimizer.check_grad_overflow = True  # bf16 looks at the norm only when asked to
+        norm, self.optimizer.scaled_global_norm = self.optimizer.scaled_global_norm, _invalid_norm
+        try:
+            yield
+        finally:
+            self.optimizer.scaled_global_norm, self.optimizer.check_grad_overflow = norm, checked
+
+
+class Zero3Gradients(ReducedGradients):
+    """ZeRO stage 3, with and without optimizer or parameter offload to CPU."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.replicas = 1
+        if self.optimizer.swap_optimizer:
+            raise StabilityConfigError(
+                "zero_optimization.offload_optimizer.device is 'nvme', which ds_stability does not support; use 'cpu' or 'none'"
+            )
+
+    def tensors(self):
+        for index in range(len(self.optimizer.fp16_groups)):
+            if self.optimizer.offload_optimizer:
+                yield [self.optimizer.fp32_partitioned_groups_flat[index].grad]
+            else:
+                yield list(self.optimizer.averaged_gradients[index])
+
+    def partitions(self):
+        return list(self.optimizer.fp32_partitioned_groups_flat)
+
+    @property
+    def loss_scale(self):
+        return float(self.optimizer.loss_scale)
+
+    def base_optimizers(self):
+        backup = [self.optimizer.backup_optimizer] if self.optimizer.partial_offload < 1.0 else []
+        return [self.optimizer.optimizer, *backup]
+
+    @contextmanager
+    def skipped(self):
+        groups, self.optimizer._get_norm_groups = self.optimizer._get_norm_groups, lambda: [_invalid_norm()]
+        try:
+            yield
+        finally:
+            self.optimizer._get_norm_groups = groups
+
+
+class BF16Gradients(ReducedGradients):
+    """ZeRO stage 1 in bf16 with fp32 gradient accumulation (`BF16_Optimizer`)."""
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.replicas = 1
+
+    def tensors(self):
+        for partition in self.optimizer.fp32_groups_gradient_flat_partition:
+            yield [partition]
+
+    def partitions(self):
+        return list(self.optimizer.fp32_groups_flat_partition)
+
+    def base_optimizers(self):
+        return [self.optimizer.optimizer]
+
+
+def reduced_gradients(engine) -> ReducedGradients:
+    """The view that fits the live `engine`.
+
+    Raises:
+        StabilityConfigError: the engine's optimizer is of a kind that has not been shown to work.
+    """
+    optimizer = engine.optimizer
+    if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
+        return Zero3Gradients(engine)
+    if type(optimizer) is DeepSpeedZeroOptimizer:
+        return Zero12Gradients(engine)
+    if type(optimizer) is BF16_Optimizer:
+        return BF16Gradients(engine)
+    if isinstance(optimizer, FP16_Optimizer | FP16_UnfusedOptimizer | torch.optim.Optimizer):
+        return ReducedGradients(engine)
+    raise StabilityConfigError(
+        f"DeepSpeed built a {type(optimizer).__name__}, which ds_stability does not support; "
+        "use ZeRO stages 0 to 3 without ZenFlow, SuperOffload or a pipeline"
+    )
+
+
+def squared_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Sum of squares in fp32 or better, as an fp64 scalar on the tensors' device; no host sync."""
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
+    return torch.stack(norms).double().square().sum()
+
+
+def _no_step(closure=None):
+    """Stands in for `optimizer.step` in a skipped step."""
+
+
+def _invalid_norm(*args, **kwargs):
+    return torch.tensor(-1.0)  # DeepSpeed's own sign of an invalid norm (runtime/utils.py, is_invalid_grad_norm)

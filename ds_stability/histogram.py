@@ -1,0 +1,83 @@
+"""Fixed-bin histogram of surprisal, and the variance ratio that a gain would give on it.
+
+A bin keeps (count, sum s, sum s^2). The ratio at any gain is then computed without another pass over tokens: a bin
+stands for two equal masses at its mean +- its standard deviation, which matches its first two moments (and, for
+symmetric bins, the third). On surprisal with sigma >= .3 nats this is within 1e-3 of the exact ratio for every gain up
+to 8 (tests/unit/test_histogram.py); bin centers alone are off by 10-25 %.
+
+Everything here is numpy, fp64 and pure: the same on every rank.
+"""
+
+import numpy as np
+
+NUM_BINS = 64
+MAX_EDGE = 24.0
+#: Inner bin edges in nats, shape [NUM_BINS - 1]; finer near 0, where a trained model has most of its tokens.
+EDGES = MAX_EDGE * (np.arange(1, NUM_BINS) / (NUM_BINS - 1)) ** 1.5
+Z_MAX = 3.0  # the law clips the standardized surprisal to [-Z_MAX, Z_MAX]
+
+
+def histogram(surprisal: np.ndarray) -> np.ndarray:
+    """Histogram of `surprisal` [N], nats, as fp64 [NUM_BINS, 3] of (count, sum, sum of squares)."""
+    surprisal = np.asarray(surprisal, dtype=np.float64)
+    bins = np.searchsorted(EDGES, surprisal, side="right")
+    columns = (np.ones_like(surprisal), surprisal, surprisal**2)
+    return np.stack([np.bincount(bins, weights=column, minlength=NUM_BINS) for column in columns], axis=1)
+
+
+def quadrature(bins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points [P] (nats) and masses [P] that stand for the histogram `bins` [NUM_BINS, 3]; empty bins are left out."""
+    count, total, squares = bins[bins[:, 0] > 0].T
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    return np.concatenate([mean - deviation, mean + deviation]), np.concatenate([count, count]) / 2
+
+
+def token_weight(surprisal: np.ndarray, gain: float, mu: float, sigma: float) -> np.ndarray:
+    """w = exp(-gain * clip((s - mu) / sigma, -3, 3)), the law of design section 3."""
+    return np.exp(-gain * np.clip((surprisal - mu) / sigma, -Z_MAX, Z_MAX))
+
+
+def variance_ratio(points: np.ndarray, masses: np.ndarray, gain: float, mu: float, sigma: float) -> float:
+    """Var_w(s) / Var(s) under the weights of `gain`, from quadrature `points` and `masses`, both [P]."""
+    plain = _variance(points, masses)
+    if plain <= 0.0:
+        return 1.0
+    return _variance(points, masses * token_weight(points, gain, mu, sigma)) / plain
+
+
+def mean_weight(points: np.ndarray, masses: np.ndarray, gain: float, mu: float, sigma: float) -> float:
+    """E[w] under `gain`: what the loss divides its weights by, predicted before the step."""
+    return float(np.average(token_weight(points, gain, mu, sigma), weights=masses))
+
+
+def solve_gain(
+    points: np.ndarray, masses: np.ndarray, target: float, gain_max: float, mu: float, sigma: float
+) -> tuple[float, bool]:
+    """Gain whose variance ratio is `target`, and whether the target is out of reach (saturated).
+
+    The ratio is not monotone in the gain: with left-skewed surprisal it rises first and crosses the target twice. The
+    scan starts at `gain_max` and takes the first crossing from there, which is on the falling branch.
+
+    Returns (gain in [0, gain_max], saturated).
+    """
+    if target >= 1.0:
+        return 0.0, False
+    grid = np.linspace(0.0, gain_max, 129)
+    reached = np.array([variance_ratio(points, masses, gain, mu, sigma) for gain in grid]) <= target
+    falling = np.flatnonzero(reached[1:] & ~reached[:-1])
+    if falling.size == 0:
+        return gain_max, True
+    low, high = grid[falling[-1]], grid[falling[-1] + 1]
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        if variance_ratio(points, masses, middle, mu, sigma) <= target:
+            high = middle
+        else:
+            low = middle
+    return float(high), False
+
+
+def _variance(points: np.ndarray, masses: np.ndarray) -> float:
+    mean = np.average(points, weights=masses)
+    return float(np.average((points - mean) ** 2, weights=masses))

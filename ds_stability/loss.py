@@ -1,0 +1,256 @@
+"""Token-weighted loss with statistics, computed in chunks over tokens.
+
+Shape suffixes: B batch, T sequence, V vocabulary, N tokens of a micro-batch (B * T), C tokens of a chunk, K fields.
+
+`StabilityLoss` takes the place of a transformers model's `loss_function` (transformers/modeling_utils.py, property
+`loss_function`): it gets the final logits, after soft-capping and scaling, so it is right for every architecture that
+calls it. In the chunked path no [tokens, vocab] fp32 tensor outlives a chunk: the forward keeps the logits (in their own
+dtype) and a coefficient per token, the backward recomputes the softmax chunk by chunk.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ds_stability.controller import Setting
+from ds_stability.errors import StabilityConfigError
+from ds_stability.histogram import EDGES, NUM_BINS, Z_MAX
+from ds_stability.statistics import TOKEN_FIELDS
+
+IGNORE_INDEX = -100
+#: Per-token objective: (logits_CV fp32, labels_C) -> loss_C. The weights multiply it.
+Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+#: Elements of one fp32 chunk: 64 MiB on an accelerator; a few times the L2 cache on a CPU.
+CHUNK_ELEMENTS = {"cpu": 2**21}
+CHUNK_ELEMENTS_DEFAULT = 2**24
+
+
+def cross_entropy(logits_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[label], nats, shape [C]."""
+    return F.cross_entropy(logits_CV, labels_C, reduction="none")
+
+
+def shift_labels(labels_BT: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
+    """Labels of the next token, [N]: position t is scored against t + 1, the last position against nothing."""
+    return F.pad(labels_BT, (0, 1), value=ignore_index)[..., 1:].reshape(-1)
+
+
+class TokenAccumulator:
+    """Sums of TOKEN_FIELDS [K] and of the surprisal histogram [NUM_BINS, 3], fp64, on the device; no host sync."""
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self.edges = torch.tensor(EDGES, dtype=torch.float32, device=self.device)
+        self.bin_ids = torch.arange(NUM_BINS, device=self.device).unsqueeze(1)
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums_K = torch.zeros(len(TOKEN_FIELDS), dtype=torch.float64, device=self.device)
+        self.bins = torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=self.device)
+
+    def add(self, values_KC: torch.Tensor, mask_C: torch.Tensor) -> None:
+        """Add per-token `values_KC` (any float dtype) of the tokens in `mask_C`."""
+        values_KC = torch.where(mask_C, values_KC.double(), 0.0)  # a masked token must not bring in its NaN
+        self.sums_K += values_KC.sum(dim=1)
+        # A matrix product instead of index_add: no atomics, so the same bits on every run on CUDA as well.
+        chosen = (torch.bucketize(values_KC[1].float(), self.edges, right=True) == self.bin_ids) & mask_C
+        columns = torch.stack([mask_C.double(), values_KC[1], values_KC[2]], dim=1)
+        self.bins += chosen.double() @ columns
+
+    def vector(self) -> torch.Tensor:
+        return torch.cat([self.sums_K, self.bins.reshape(-1)])
+
+
+def chunk_tokens(logits_NV: torch.Tensor, chunk_size: int | None) -> int:
+    """Tokens per chunk: `chunk_size`, else as many as fit in a fixed number of fp32 elements."""
+    if chunk_size:
+        return chunk_size
+    return max(1, CHUNK_ELEMENTS.get(logits_NV.device.type, CHUNK_ELEMENTS_DEFAULT) // logits_NV.shape[-1])
+
+
+@torch.no_grad()
+def token_statistics(logits_CV, labels_C, high_frequency_V):
+    """Per-token statistics of one chunk, in fp32.
+
+    Args:
+        logits_CV: any float dtype. -inf (a padded vocabulary) is allowed: a probability of 0 adds 0 to the entropy.
+        labels_C: target ids; must be valid ids (mask first).
+        high_frequency_V: fp32 0/1 mask of the high-frequency set, or None.
+
+    Returns:
+        surprisal_C, entropy_C (nats), top1_C (probability), log_partition_C (nats), high_frequency_C (probability).
+    """
+    logits_CV = logits_CV.float()
+    peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
+    shifted_CV = logits_CV - peak_C1  # entropy of a collapsed model needs the small numbers, not lse - E[x]
+    exp_CV = shifted_CV.exp()
+    total_C = exp_CV.sum(dim=-1)
+    log_total_C = total_C.log()
+    surprisal_C = log_total_C - shifted_CV.gather(1, labels_C.unsqueeze(1)).squeeze(1)
+    # Below -104 exp() is 0 in fp32, so the bound changes nothing but 0 * -inf.
+    entropy_C = log_total_C - (exp_CV * shifted_CV.clamp_(min=-200.0)).sum(dim=-1) / total_C
+    high_C = exp_CV @ high_frequency_V / total_C if high_frequency_V is not None else torch.zeros_like(total_C)
+    return surprisal_C, entropy_C, 1.0 / total_C, peak_C1.squeeze(1) + log_total_C, high_C
+
+
+def token_weights(surprisal_C: torch.Tensor, setting: Setting) -> torch.Tensor:
+    """w = exp(-gain * clip((s - mu) / sigma, -3, 3)) (design section 3); no gradient."""
+    return torch.exp(-setting.gain * ((surprisal_C - setting.mu) / setting.sigma).clamp(-Z_MAX, Z_MAX))
+
+
+class _WeightedLoss(torch.autograd.Function):
+    """sum_i coefficient_i * objective(logits_i, label_i) for precomputed objective values and coefficients."""
+
+    @staticmethod
+    def forward(ctx, logits_NV, labels_N, coefficient_N, loss_sum, objective, chunk, on_backward):
+        ctx.save_for_backward(logits_NV, labels_N, coefficient_N)
+        ctx.objective, ctx.chunk, ctx.on_backward = objective, chunk, on_backward
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        logits_NV, labels_N, coefficient_N = ctx.saved_tensors
+        ctx.on_backward(grad_output)
+        grad_NV = torch.empty_like(logits_NV)
+        scaled_N = coefficient_N * grad_output.float()
+        for start in range(0, logits_NV.shape[0], ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            grad_NV[rows] = _chunk_gradient(logits_NV[rows], labels_N[rows], scaled_N[rows], ctx.objective)
+        return grad_NV, None, None, None, None, None, None
+
+
+def _chunk_gradient(logits_CV, labels_C, coefficient_C, objective):
+    """d/d logits of sum_i coefficient_i * objective_i, fp32 [C, V]."""
+    if objective is cross_entropy:
+        grad_CV, labels_C1 = torch.softmax(logits_CV, dim=-1, dtype=torch.float32), labels_C.unsqueeze(1)
+        grad_CV.scatter_(1, labels_C1, grad_CV.gather(1, labels_C1) - 1.0)
+        return grad_CV.mul_(coefficient_C.unsqueeze(1))
+    with torch.enable_grad():
+        leaf_CV = logits_CV.detach().float().requires_grad_()
+        (grad_CV,) = torch.autograd.grad(objective(leaf_CV, labels_C), leaf_CV, coefficient_C)
+    return grad_CV
+
+
+class StabilityLoss:
+    """Drop-in for `model.loss_function` that weights tokens and records statistics.
+
+    Args:
+        module: the model; only its `training` flag is read.
+        stock: the model's own loss function, used at level 0 and in evaluation.
+        chunked: use the chunked weighted loss in training (the path is chosen once per run).
+        chunk_size: tokens per chunk; None chooses from memory.
+
+    Attributes:
+        setting: gain, mu, sigma and mean weight of the coming step (set by the engine before each step).
+        objective: per-token objective of the coming step.
+        measure: False lets the stock path skip its statistics in this step (`statistics.interval`).
+        high_frequency_V: fp32 0/1 mask, or None.
+        train, evaluation: accumulators. on_backward(grad_output, denominator, tokens) is told of every backward.
+    """
+
+    def __init__(self, module: torch.nn.Module, stock: Callable, chunked: bool, device, chunk_size: int | None = None):
+        self.module, self.stock, self.chunked, self.chunk_size = module, stock, chunked, chunk_size
+        self.setting, self.objective, self.measure = Setting(), cross_entropy, True
+        self.high_frequency_V: torch.Tensor | None = None
+        self.train, self.evaluation = TokenAccumulator(device), TokenAccumulator(device)
+        self.forwards = self.backwards = 0
+        self.interleaved = False  # refuse a second forward before the backward of the first
+        self.on_backward: Callable | None = None
+
+    def require_used(self) -> None:
+        """At a step boundary: the chunked loss must have been called, and its gradient asked for.
+
+        Raises:
+            StabilityConfigError: the trainer computes its loss elsewhere (DPO, GRPO, Liger, a label smoother, ...).
+        """
+        if self.chunked and (self.forwards == 0 or self.backwards == 0):
+            raise StabilityConfigError(
+                "the training loss did not pass through the model's loss function, so no stability level above 0 can act on "
+                "it (DPO, GRPO, Liger, label_smoothing_factor, compute_loss_func do this); set stability.level to 0, or "
+                "train with the model's own loss"
+            )
+        self.forwards = self.backwards = 0
+
+    def __deepcopy__(self, memo):
+        """A copied model (a reference model, an EMA) gets the stock loss, not a hand in this run's statistics."""
+        return self.stock
+
+    def __call__(self, logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=IGNORE_INDEX,
+                 shift_labels=None, **kwargs):  # fmt: skip
+        """Scalar loss. Arguments as in transformers/loss/loss_utils.py, ForCausalLMLoss."""
+        targets_N = _shift(labels, ignore_index) if shift_labels is None else shift_labels.reshape(-1)
+        targets_N = targets_N.to(logits.device)
+        logits_NV = logits.reshape(-1, logits.shape[-1])
+        training = self.module.training and torch.is_grad_enabled() and logits.requires_grad
+        if training and self.chunked:
+            return self._weighted(logits_NV, targets_N, num_items_in_batch, ignore_index)
+        if self.measure or not training:
+            with torch.no_grad():
+                self._record(self.train if training else self.evaluation, logits_NV.detach(), targets_N, ignore_index)
+        loss = self.stock(logits=logits, labels=labels, vocab_size=vocab_size or logits.shape[-1],
+                          num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, shift_labels=shift_labels,
+                          **kwargs)  # fmt: skip
+        if not training:
+            return loss
+        tokens = (targets_N != ignore_index).sum()
+        # Without a supervised token the stock mean is 0/0: give a 0 that still hangs on the graph. No host sync.
+        loss = torch.where(tokens > 0, loss, 0.0)
+        denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        self._watch(loss, denominator, tokens)
+        return loss
+
+    def _weighted(self, logits_NV, targets_N, num_items_in_batch, ignore_index):
+        weighted_N = self._record(self.train, logits_NV.detach(), targets_N, ignore_index, keep=True)
+        mask_N = targets_N != ignore_index
+        tokens = mask_N.sum()
+        denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        objective_N, weight_N = weighted_N
+        coefficient_N = torch.where(mask_N, weight_N / self.setting.mean_weight, 0.0) / denominator
+        loss_sum = torch.where(mask_N, coefficient_N * objective_N, 0.0).sum()
+        # A non-finite surprisal can still have a finite gradient; every rank has to see that this step is lost.
+        coefficient_N = torch.where(loss_sum.isfinite(), coefficient_N, torch.nan)
+        chunk = chunk_tokens(logits_NV, self.chunk_size)
+        labels_N = targets_N.clamp(min=0)
+        if self.interleaved and self.forwards > self.backwards:
+            raise StabilityConfigError(
+                "a second forward came before the backward of the first; DeepSpeed's ZeRO-3 then loses the first one's "
+                "gradients: call backward after each forward, or add the losses up in one forward"
+            )
+        self.forwards += 1
+        return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective, chunk,
+                                   lambda grad: self._report(grad, denominator, tokens))  # fmt: skip
+
+    @torch.no_grad()
+    def _record(self, accumulator, logits_NV, targets_N, ignore_index, keep=False):
+        """Add the statistics of a micro-batch; with `keep` also return (objective_N, weight_N), fp32."""
+        kept = []
+        chunk = chunk_tokens(logits_NV, self.chunk_size)
+        for start in range(0, logits_NV.shape[0], chunk):
+            logits_CV, targets_C = logits_NV[start : start + chunk], targets_N[start : start + chunk]
+            mask_C, labels_C = targets_C != ignore_index, targets_C.clamp(min=0)
+            s_C, entropy_C, top1_C, lse_C, high_C = token_statistics(logits_CV, labels_C, self.high_frequency_V)
+            weight_C = token_weights(s_C, self.setting) if keep else torch.ones_like(s_C)
+            value_C = s_C
+            if keep and self.objective is not cross_entropy:
+                value_C = self.objective(logits_CV.float(), labels_C)
+            s, w = s_C.double(), weight_C.double()
+            loss = w / self.setting.mean_weight * value_C if keep else s
+            accumulator.add(torch.stack([torch.ones_like(s), s, s * s, w, w * s, w * s * s, w * w, entropy_C.double(),
+                                         top1_C.double(), lse_C.double(), high_C.double(), loss]), mask_C)  # fmt: skip
+            if keep:
+                kept.append((value_C, weight_C))
+        return tuple(torch.cat(column) for column in zip(*kept, strict=True)) if keep else None
+
+    def _watch(self, loss, denominator, tokens):
+        """Tell `on_backward` the incoming gradient of the stock loss, which nobody else knows; changes nothing."""
+        self.forwards += 1
+        loss.register_hook(lambda grad: self._report(grad, denominator, tokens))
+
+    def _report(self, grad_output, denominator, tokens):
+        self.backwards += 1
+        if self.on_backward is not None:
+            self.on_backward(grad_output, denominator, tokens)
+
+
+_shift = shift_labels  # the argument of the same name, fixed by transformers, hides the function in __call__

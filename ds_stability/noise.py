@@ -1,0 +1,42 @@
+"""Norm of each rank's gradient before reduction, for the gradient noise scale.
+
+One hook per parameter (`torch.Tensor.register_hook`, public) adds up squared norms during backward; nothing is kept but
+a list of device scalars, and the host is not asked. The gradient of a micro-batch is turned into the gradient of the
+mean loss over its own tokens by the incoming gradient of the loss itself, so loss scale, accumulation and the caller's
+own normalization need not be known.
+"""
+
+import torch
+
+
+class MicroGradientMeter:
+    """Sums over micro-batches of |gradient of the mean token loss|^2, and of the coefficient behind the reduced one."""
+
+    def __init__(self, module: torch.nn.Module, device: torch.device, world_size: int):
+        self.device, self.world_size = device, world_size
+        self.norms: list[torch.Tensor] = []
+        self.scale = None
+        self.handles = [p.register_hook(self._tap) for p in module.parameters() if p.requires_grad]
+        self.clear()
+
+    def clear(self) -> None:
+        """(micro_grad_sq, micro_batches, coefficient), fp64 [3]."""
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def start(self, grad_output: torch.Tensor, denominator, tokens: torch.Tensor) -> None:
+        """A backward begins: d loss / d token loss is grad_output / denominator for each of `tokens`."""
+        self.close()
+        self.scale = (grad_output.double() / denominator * tokens).to(self.device)
+
+    def _tap(self, grad: torch.Tensor) -> None:
+        if self.scale is not None:
+            self.norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+
+    def close(self) -> None:
+        """Fold the finished micro-batch into the sums."""
+        if self.scale is not None and self.norms:
+            squared = torch.stack(self.norms).double().square().sum().to(self.device)
+            some = self.scale > 0  # a micro-batch without supervised tokens has no gradient of its own
+            micro = torch.where(some, squared / self.scale.square(), 0.0)
+            self.sums += torch.stack([micro, some.double(), self.scale / self.world_size])
+        self.norms, self.scale = [], None

@@ -1,0 +1,104 @@
+"""What happens inside the base optimizer's `step`: averaging, the pull to the initial weights, the update ratio.
+
+`torch.optim.Optimizer.register_step_pre_hook` is public and has the same contract in every DeepSpeed from 0.14 on: it is
+called once per parameter partition with the fp32, unscaled, clipped gradient in `p.grad`, and not at all in a skipped
+step. The gradient is changed here and nowhere else, never in a bf16 buffer.
+"""
+
+import torch
+
+from ds_stability.gradients import ReducedGradients, squared_norm
+from ds_stability.stabilizers.averaging import Averaging
+from ds_stability.stabilizers.regularization import Regularization
+
+
+class UpdateMeter:
+    """|update|^2 and |parameters|^2 of this rank's partitions, in every `interval`-th applied step (0: never).
+
+    The values of a step are known after its collective, so they travel with the next one.
+    """
+
+    def __init__(self, interval: int, device: torch.device):
+        self.interval, self.device = interval, device
+        self.before: dict[int, torch.Tensor] = {}
+        self.active = False
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def prepare(self, step: int) -> None:
+        self.active = self.interval > 0 and step % self.interval == 0
+
+    def start(self, index: int, parameter: torch.Tensor) -> None:
+        if self.active:
+            self.before[index] = parameter.detach().clone()
+
+    def finish(self, index: int, parameter: torch.Tensor) -> None:
+        before = self.before.pop(index, None)
+        if before is not None:
+            parameter_sq = squared_norm([before])
+            update_sq = squared_norm([before.sub_(parameter.detach())])
+            self.sums += torch.stack([update_sq, parameter_sq]).to(self.device)
+
+
+class OptimizerHooks:
+    """Registers on the base optimizers of an engine and dispatches by partition index."""
+
+    def __init__(
+        self,
+        gradients: ReducedGradients,
+        averaging: Averaging | None,
+        regularization: Regularization | None,
+        meter: UpdateMeter,
+    ):
+        self.gradients, self.averaging, self.regularization, self.meter = gradients, averaging, regularization, meter
+        self.index = {id(p): index for index, p in enumerate(gradients.partitions())}
+        self.handles = []
+        if self.index:
+            for optimizer in gradients.base_optimizers():
+                self.handles.append(optimizer.register_step_pre_hook(self._before))
+                self.handles.append(optimizer.register_step_post_hook(self._after))
+
+    @torch.no_grad()
+    def _before(self, optimizer, args, kwargs) -> None:
+        for index, parameter, group in self._stepped(optimizer):
+            self.meter.start(index, parameter)
+            if self.regularization is not None:
+                self.regularization.apply(index, parameter, group["lr"])
+            if self.averaging is not None:
+                self.averaging.apply(index, parameter.grad)
+
+    @torch.no_grad()
+    def _after(self, optimizer, args, kwargs) -> None:
+        for index, parameter, _ in self._stepped(optimizer):
+            self.meter.finish(index, parameter)
+
+    def _stepped(self, optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) in self.index:
+                    yield self.index[id(parameter)], parameter, group
+
+    def mean_products(self, vector: torch.Tensor) -> torch.Tensor:
+        """(<gradient, running mean>, |running mean|^2) of this rank's partitions, fp64 [2], loss scale divided out."""
+        products = torch.zeros(2, dtype=torch.float64, device=vector.device)
+        if self.averaging is None:
+            return products
+        scale = self.gradients.loss_scale
+        for index, tensors in enumerate(self.gradients.tensors()):
+            mean, offset = self.averaging.means.get(index), 0
+            if mean is None:
+                continue
+            dots = []
+            for grad in tensors:
+                part = mean.narrow(0, offset, grad.numel())
+                dots.append(torch.dot(grad.reshape(-1).float(), part.to(grad.device)).double())
+                offset += grad.numel()
+            products[0] += torch.stack(dots).sum().to(vector.device) / scale
+            products[1] += squared_norm([mean]).to(vector.device)
+        return products
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()

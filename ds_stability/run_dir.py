@@ -1,0 +1,260 @@
+"""The directory of one training run: its paths, its manifest, and how whole files are written.
+
+    manifest.json   command, resolved config, versions, git revision, seeds, hosts, data fingerprints
+    metrics.jsonl   one line per optimizer step (recorder.py)
+    tensorboard/    samples/step-00000200.jsonl    checkpoint-200/    final/
+    DONE            written last, by rank 0, after a barrier: success is this file, not the exit code
+
+Importing this module is cheap: no torch, no transformers.
+"""
+
+import json
+import os
+import platform
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ds_stability.errors import UserError
+
+MANIFEST_VERSION = 1
+PACKAGES = ("ds_stability", "torch", "deepspeed", "transformers", "accelerate", "datasets", "peft", "numpy")
+GIT_TIMEOUT_SECONDS = 5
+
+
+class RunDir:
+    """Paths inside a run directory. Creates nothing until `create` is called."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.manifest = self.path / "manifest.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.samples = self.path / "samples"
+        self.final = self.path / "final"
+        self.done = self.path / "DONE"
+
+    def create(self) -> "RunDir":
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, directory) of every checkpoint-N, by step."""
+        if not self.path.is_dir():
+            return []
+        matches = [(re.fullmatch(r"checkpoint-(\d+)", entry.name), entry) for entry in self.path.iterdir()]
+        return sorted((int(match.group(1)), entry) for match, entry in matches if match and entry.is_dir())
+
+    def sample_file(self, step: int) -> Path:
+        return self.samples / f"step-{step:08d}.jsonl"
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        write_json_atomic(self.manifest, manifest)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest; UserError if it is missing or is not JSON."""
+        try:
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no manifest.json, so this is not the directory of a run") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.manifest}: cannot be read ({_reason(error)})") from None
+        if not isinstance(manifest, dict):
+            raise UserError(f"{self.manifest}: holds a {type(manifest).__name__}, not an object")
+        return manifest
+
+    def mark_done(self) -> None:
+        """Write DONE. Call on rank 0 only, after a barrier, as the last write of the run."""
+        write_atomic(self.done, utc_now() + "\n")
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a whole file: temporary name in the same directory, fsync, rename, fsync of the directory.
+
+    A reader sees the old file or the new one, never a part; text is UTF-8. The parent directory is made if absent.
+    """
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
+    """`write_atomic` of indented JSON. NaN and infinity are refused with ValueError: they are not JSON."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def sync_directory(path: str | os.PathLike) -> None:
+    """fsync a directory, so that a rename in it outlives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed version of Python and of each package that shapes a run; None where it is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def git_revision(directory: str | os.PathLike | None = None) -> dict[str, Any] | None:
+    """{"revision": commit id, "dirty": bool} of the repository around `directory` (default: here); None without one."""
+    revision = _git(directory, "rev-parse", "--verify", "HEAD")
+    status = _git(directory, "status", "--porcelain", "--untracked-files=no")
+    if revision is None or status is None:
+        return None
+    return {"revision": revision, "dirty": bool(status)}
+
+
+def _git(directory: str | os.PathLike | None, *arguments: str) -> str | None:
+    command = ["git", "-C", os.fspath(directory or "."), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def build_manifest(
+    *,
+    config: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    seeds: Mapping[str, int],
+    data: Mapping[str, Any],
+    world_size: int,
+    hosts: Sequence[str] | None = None,
+    command: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What is needed to know, and to repeat, how a model was trained.
+
+    Args:
+        config: everything resolved, no None that means "default": arguments, DeepSpeed config, stability block.
+        identity: what must agree for another process to continue this run (`check_output_dir` compares it): the model,
+            the stability block and the data fingerprint. Paths in it should be absolute.
+        seeds, data: seeds by use, and fingerprints by data set.
+        hosts: one name per node (default: this host). command: argv (default: this process's).
+    """
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "started_at": utc_now(),
+        "command": list(command if command is not None else sys.argv),
+        "working_directory": os.getcwd(),
+        "identity": dict(identity),
+        "config": dict(config),
+        "seeds": dict(seeds),
+        "data": dict(data),
+        "world_size": world_size,
+        "hosts": list(hosts if hosts is not None else [socket.gethostname()]),
+        "versions": package_versions(),
+        "git": git_revision(),
+    }
+
+
+def check_output_dir(path: str | os.PathLike, resume: bool, identity: Mapping[str, Any] | None = None) -> None:
+    """Refuse an output directory that cannot be written, or that holds anything but the run to continue.
+
+    Changes nothing on disk. Every rank may call it, but before rank 0 writes the manifest: on a new run the directory
+    must be absent or empty.
+
+    Args:
+        resume: continue the run in `path`. Its manifest's identity must then equal `identity` (None: not compared).
+
+    Raises:
+        UserError: one line that names the directory, the reason and the flag to change.
+    """
+    run = RunDir(path)
+    if (run.path.exists() or run.path.is_symlink()) and not run.path.is_dir():
+        raise UserError(f"--output_dir {run.path}: is not a directory; give another --output_dir")
+    _check_writable(run.path)
+    occupied = run.path.is_dir() and any(run.path.iterdir())
+    if not resume:
+        if occupied:
+            what = "holds another run" if run.manifest.exists() else "is not empty and holds no run"
+            advice = " or continue it with --resume_from_checkpoint true" if run.manifest.exists() else ""
+            raise UserError(f"--output_dir {run.path}: {what}; give an empty or new --output_dir{advice}")
+        return
+    if not occupied:
+        raise UserError(f"--output_dir {run.path}: nothing to resume from; leave out --resume_from_checkpoint")
+    recorded = run.read_manifest().get("identity")
+    if identity is not None:
+        _check_identity(run, recorded if isinstance(recorded, dict) else {}, identity)
+
+
+def _check_identity(run: RunDir, recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    # Through JSON, so that a tuple given now equals the list that was read back.
+    before, now = _flatten(dict(recorded)), _flatten(json.loads(json.dumps(dict(identity))))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key, _ABSENT) != now.get(key, _ABSENT))
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"--output_dir {run.path}: its run has {key} = {_show(before.get(key, _ABSENT))}, this command has "
+            f"{_show(now.get(key, _ABSENT))}{more}; give the same {key}, or a new --output_dir"
+        )
+
+
+_ABSENT = object()
+
+
+def _show(value: Any, limit: int = 80) -> str:
+    text = "nothing" if value is _ABSENT else json.dumps(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            flat.update(_flatten(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat
+
+
+def _check_writable(path: Path) -> None:
+    # A real write: permission bits say nothing to root, on read-only mounts, or under quotas.
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be written ({_reason(error)}); give another --output_dir") from None
+
+
+def _reason(error: Exception) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(reason.split())

@@ -1,0 +1,303 @@
+"""State and parts of one engine's stability control, and what happens at each optimizer step boundary."""
+
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from deepspeed import comm as dist
+
+from ds_stability.collective import reduce_step, require_equal
+from ds_stability.config import StabilityConfig
+from ds_stability.controller import FeedbackController
+from ds_stability.errors import SkippedStepsError, StabilityConfigError
+from ds_stability.gradients import reduced_gradients, squared_norm
+from ds_stability.histogram import NUM_BINS
+from ds_stability.loss import StabilityLoss
+from ds_stability.measures import StabilityMeasures
+from ds_stability.noise import MicroGradientMeter
+from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
+from ds_stability.stabilizers.averaging import Averaging
+from ds_stability.stabilizers.clipping import Clipping
+from ds_stability.stabilizers.feedback import Feedback
+from ds_stability.stabilizers.regularization import DEFAULT_MAX, Regularization
+from ds_stability.statistics import (
+    STEP_FIELDS,
+    TOKEN_FIELDS,
+    StepSums,
+    as_metrics,
+    gradient_metrics,
+    non_finite_fields,
+    token_metrics,
+)
+
+STATE_VERSION = 1
+
+
+class Stability:
+    """`engine.stability`: the resolved block, the stabilizers, the accumulators and the metrics of the last step.
+
+    Attributes:
+        config: the resolved `StabilityConfig`.
+        metrics: values of the last optimizer step, by the keys of the tag table; None where undefined.
+        listeners: called with (step, metrics) after every optimizer step, applied or skipped, on every rank.
+        recorder: the run's `Recorder` on rank 0 where an integration made one, else None.
+        feedback, clipping, averaging, regularization: the stabilizers; None where absent.
+    """
+
+    def __init__(self, engine, config: StabilityConfig):
+        self.engine = weakref.proxy(engine)
+        self.group, self.device = engine.seq_data_parallel_group, torch.device(engine.device)
+        require_equal(config.to_dict(), self.device, self.group, "stability block")
+        model = causal_lm(engine.module)
+        self.config = config.resolve(pretrained=model is not None and bool(model.name_or_path))
+        self.gradients = reduced_gradients(engine)
+        self._build_stabilizers(engine)
+        self.measures = StabilityMeasures()
+        self.meter = UpdateMeter(self.config.statistics.update_ratio_interval, self.device)
+        self.hooks = OptimizerHooks(self.gradients, self.averaging, self.regularization, self.meter)
+        self.loss = self._install_loss(model, engine)
+        self.noise = None
+        if self.config.statistics.gradient_noise_scale and self.loss is not None:
+            self.noise = MicroGradientMeter(engine.module, self.device, engine.seq_dp_world_size)
+            self.loss.on_backward = self.noise.start
+        self.applied_steps = self.skipped_steps = self.skipped_in_a_row = 0
+        self.metrics: dict[str, float | None] = {}
+        self.listeners: list[Callable[[int, dict], None]] = []
+        self.recorder = None
+        self.started = time.perf_counter()
+        self._prepare()
+
+    def _build_stabilizers(self, engine) -> None:
+        config, control, families = self.config, self.config.controller, self.config.families
+        for name in ("clipping", "averaging"):
+            if config.max_level(name) > 0 and not self.gradients.partitions():
+                raise StabilityConfigError(
+                    f"stabilizer {name!r} needs zero_optimization.stage 1, 2 or 3; this engine has stage 0"
+                )
+        self.clipping = self.averaging = self.regularization = None
+        controller = FeedbackController(
+            lambda step: config.family_level("feedback", step),
+            control.warmup_steps, control.ramp_steps, control.gain_max, control.trim_kp, control.trim_ki,
+            control.trim_max, config.statistics.ema_decay,
+        )  # fmt: skip
+        self.feedback = Feedback(controller)
+        if config.max_level("clipping") > 0:
+            self.clipping = Clipping(lambda step: config.family_level("clipping", step), control.warmup_steps,
+                                     families["clipping"].ema_decay)  # fmt: skip
+        if config.max_level("averaging") > 0:
+            self.averaging = Averaging(lambda step: config.family_level("averaging", step), families["averaging"].beta_max)
+        if config.max_level("regularization") > 0:
+            family = families["regularization"]
+            maximum = DEFAULT_MAX[family.kind] if family.max is None else family.max
+            self.regularization = Regularization(lambda step: config.family_level("regularization", step),
+                                                 family.kind, maximum)  # fmt: skip
+        parts = {"feedback": self.feedback, "clipping": self.clipping, "averaging": self.averaging,
+                 "regularization": self.regularization}  # fmt: skip
+        self.stabilizers = {name: part for name, part in parts.items() if part is not None}
+
+    def _install_loss(self, model, engine) -> StabilityLoss | None:
+        chunked = self.config.resolved_loss_path == "chunked"
+        if model is None:
+            if chunked:
+                raise StabilityConfigError(
+                    f"{type(engine.module).__name__} does not compute its loss with transformers' ForCausalLMLoss, which a "
+                    "level above 0 acts through; train a transformers causal LM, or set stability.level to 0"
+                )
+            return None
+        stock = model.loss_function.stock if isinstance(model.loss_function, StabilityLoss) else model.loss_function
+        loss = StabilityLoss(model, stock, chunked, self.device, self.config.statistics.chunk_size)
+        loss.interleaved = chunked and engine.zero_optimization_stage() == 3
+        model.loss_function = loss
+        return loss
+
+    def set_high_frequency(self, token_ids: list[int], vocab_size: int) -> None:
+        """Measure the mass on `token_ids` (the high-frequency set) from now on; `vocab_size` is the width of the logits."""
+        mask_V = torch.zeros(vocab_size, dtype=torch.float32, device=self.device)
+        mask_V[torch.tensor(token_ids, dtype=torch.long, device=self.device)] = 1.0
+        self.loss.high_frequency_V = mask_V
+
+    # ---- one optimizer step -------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Fix what the coming step uses: no synchronization is needed in forward."""
+        self.meter.prepare(self.applied_steps)
+        if self.loss is None:
+            return
+        self.loss.measure = self.applied_steps % self.config.statistics.interval == 0
+        for stabilizer in self.stabilizers.values():
+            stabilizer.prepare(self.applied_steps, self.loss)
+
+    def reduce(self) -> StepSums:
+        """Pack this rank's sums, reduce them over all ranks, and start the accumulators anew."""
+        tokens = torch.zeros(len(TOKEN_FIELDS) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
+        if self.loss is not None:
+            self.loss.require_used()
+            tokens = self.loss.train.vector()
+            self.loss.train.reset()
+        count = len(TOKEN_FIELDS)
+        return reduce_step(torch.cat([tokens[:count], self._step_fields(), tokens[count:]]), self.group)
+
+    def _step_fields(self) -> torch.Tensor:
+        """This rank's STEP_FIELDS, fp64; no host synchronization."""
+        values = torch.zeros(len(STEP_FIELDS), dtype=torch.float64, device=self.device)
+        scale = self.gradients.loss_scale
+        for tensors in self.gradients.tensors():
+            if tensors:
+                values[0] += squared_norm(tensors).to(self.device) / (scale**2 * self.gradients.replicas)
+        values[1:3] = self.hooks.mean_products(values)
+        if self.noise is not None:
+            self.noise.close()
+            values[3:6] = self.noise.sums
+            values[5] /= scale
+            self.noise.clear()
+        values[6:8] = self.meter.sums
+        self.meter.clear()
+        return values
+
+    @contextmanager
+    def in_force(self, sums: StepSums) -> Iterator[None]:
+        """What DeepSpeed's own step must respect: this step's clip threshold, or a skip when a number is not finite."""
+        self.learning_rate = self.engine.get_lr()[0]
+        self.loss_scale = self.gradients.loss_scale
+        threshold = self.clipping.threshold if self.clipping is not None else None
+        with ExitStack() as stack:
+            stack.enter_context(self.gradients.clipped_at(threshold))
+            if not sums.finite:
+                stack.enter_context(self.gradients.skipped())
+            yield
+
+    def finish(self, sums: StepSums, applied: bool) -> None:
+        """Close the step: metrics, then the state of an applied step, then what the next step uses.
+
+        Raises:
+            SkippedStepsError: on every rank, when `max_skipped_steps` steps in a row were skipped.
+        """
+        now = time.perf_counter()
+        elapsed, self.started = now - self.started, now
+        metrics = self._step_metrics(sums, elapsed)
+        if applied:
+            for stabilizer in self.stabilizers.values():
+                metrics.update(stabilizer.metrics())
+                stabilizer.update(sums)
+            self.measures.update(sums)
+            self.applied_steps += 1
+            self.skipped_in_a_row = 0
+        else:
+            metrics["skipped"] = True
+            self.skipped_steps += 1
+            # A dynamic fp16 loss scale finds its range by overflowing: those steps are no sign of a broken run.
+            searching = self.gradients.scaling_down(self.loss_scale)
+            self.skipped_in_a_row += 0 if searching else 1
+        metrics |= self.measures.metrics() | {"stability/skipped_steps": self.skipped_steps}
+        self.metrics = as_metrics(metrics)
+        self._prepare()
+        self._publish()
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise SkippedStepsError(
+                f"{self.skipped_in_a_row} optimizer steps in a row were skipped, the last for non-finite "
+                f"{', '.join(non_finite_fields(sums)) or 'gradient norm'}; the weights are those of the last applied step"
+            )
+
+    def _step_metrics(self, sums: StepSums, elapsed: float) -> dict[str, float | None]:
+        known = self.loss is not None and self.loss.high_frequency_V is not None
+        metrics = token_metrics(sums, known) | gradient_metrics(sums)
+        clips = [clip for clip in (self.engine.gradient_clipping(), self.clipping and self.clipping.threshold) if clip]
+        norm = metrics["grad_norm"]
+        metrics["stability/grad_norm_clipped"] = min([norm, *clips])
+        metrics["stability/clipped"] = int(bool(clips) and norm > min(clips))
+        metrics["stability/loss_scale"] = self.loss_scale
+        metrics["learning_rate"] = float(self.learning_rate)
+        metrics["step_seconds"] = elapsed
+        metrics["tokens_per_second"] = sums["tokens"] / elapsed if sums["tokens"] > 0 else None
+        return metrics
+
+    def _publish(self) -> None:
+        step = self.engine.global_steps
+        for listener in self.listeners:
+            listener(step, self.metrics)
+        if self.engine.monitor.enabled and dist.get_rank() == 0:
+            events = [(key, value, self.engine.global_samples) for key, value in self.metrics.items() if value is not None]
+            self.engine.monitor.write_events(events)
+
+    def evaluation_metrics(self) -> dict[str, float | None]:
+        """Token statistics of all evaluation passes since the last call, over all ranks; a collective of its own.
+
+        Keys as in the tag table, under `eval/`. The stabilizers do not see these passes.
+        """
+        vector = self.loss.evaluation.vector()
+        self.loss.evaluation.reset()
+        count = len(TOKEN_FIELDS)
+        padding = torch.zeros(len(STEP_FIELDS), dtype=torch.float64, device=self.device)
+        sums = reduce_step(torch.cat([vector[:count], padding, vector[count:]]), self.group)
+        metrics = token_metrics(sums, self.loss.high_frequency_V is not None)
+        names = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
+        result = {"eval/cross_entropy": metrics["cross_entropy"]}
+        return as_metrics(result | {f"eval/{name}": metrics[f"stability/{name}"] for name in names})
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Replicated state, JSON-ready. Collective: the update meter's pending sums are made global."""
+        pending = self.meter.sums.clone()
+        dist.all_reduce(pending, group=self.group)
+        return {
+            "version": STATE_VERSION,
+            "config": self.config.to_dict(),
+            "applied_steps": self.applied_steps,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "stabilizers": {name: part.state_dict() for name, part in self.stabilizers.items()},
+            "measures": self.measures.state_dict(),
+            "update_meter": pending.tolist(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state`.
+
+        Raises:
+            StabilityConfigError: the state was written under another block, or by another version of this format.
+        """
+        if state["version"] != STATE_VERSION:
+            raise StabilityConfigError(f"stability state has version {state['version']}; this release reads {STATE_VERSION}")
+        if state["config"] != self.config.to_dict():
+            raise StabilityConfigError(
+                f"the checkpoint was written with another stability block ({_difference(state['config'], self.config.to_dict())})"
+                "; resume with the same block (a level that changes over time is a schedule: [[step, level], ...])"
+            )
+        for name in ("applied_steps", "skipped_steps", "skipped_in_a_row"):
+            setattr(self, name, state[name])
+        for name, part in self.stabilizers.items():
+            part.load_state_dict(state["stabilizers"][name])
+        self.measures = StabilityMeasures.from_state_dict(state["measures"])
+        self.meter.clear()
+        if dist.get_rank(group=self.group) == 0:  # the sums are global already: one rank brings them in again
+            self.meter.sums += torch.tensor(state["update_meter"], dtype=torch.float64, device=self.device)
+        self._prepare()
+
+
+def causal_lm(module: torch.nn.Module):
+    """The transformers model below `module` (through PEFT) whose loss is ForCausalLMLoss, or None."""
+    from transformers import PreTrainedModel
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    peft = sys.modules.get("peft")  # a PEFT model cannot exist before peft was imported
+    if peft is not None and isinstance(module, peft.PeftModel):
+        module = module.get_base_model()
+    if not isinstance(module, PreTrainedModel) or not module.can_generate():
+        return None
+    function = module.loss_function
+    return module if function is ForCausalLMLoss or isinstance(function, StabilityLoss) else None
+
+
+def _difference(old: dict, new: dict, path: str = "stability") -> str:
+    """The first key in which two blocks differ, as text."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            return _difference(a, b, f"{path}.{key}")
+        if a != b:
+            return f"{path}.{key}: {a!r} there, {b!r} here"
+    return "no difference"

@@ -1,0 +1,1 @@
+"""The evaluation harness, separate from training."""

@@ -1,0 +1,1 @@
+"""Scripts that `deepspeed` launches, and their command line."""

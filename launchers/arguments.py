@@ -1,0 +1,291 @@
+"""The command line of launchers/train.py: transformers' TrainingArguments, the model, the data, and the stability level.
+
+`--config recipe.yaml` sets defaults for any flag (as in TRL); what stands on the command line wins. Everything that needs
+no data, no network and no process group is checked here, before any of them is touched.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from ds_stability.config import StabilityConfig, split_config, unsupported
+from ds_stability.config_errors import did_you_mean
+from ds_stability.data import DataSpec
+from ds_stability.deepspeed_config import load_ds_config
+from ds_stability.errors import UserError
+from ds_stability.run_dir import check_output_dir
+from ds_stability.schedule import parse_level_flag
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "folder or hub name of pretrained weights"})
+    model_revision: str = field(default="main", metadata={"help": "branch, tag or commit of the hub model"})
+    config_name: str | None = field(
+        default=None, metadata={"help": "config JSON, folder or hub name of a fresh model with random weights"}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "comma-separated key=value changes of the fresh model's config"}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "tokenizer folder or hub name; default: the model's, or a BPE trained on the data"}
+    )
+    vocab_size: int = field(default=1024, metadata={"help": "size of a BPE tokenizer trained on the data"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    use_peft: bool = field(default=False, metadata={"help": "train a LoRA adapter (extra `peft`)"})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank"})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout"})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "module names; default: all linear"})
+
+
+@dataclass
+class DataArguments:
+    train_file: list[str] | None = field(default=None, metadata={"help": ".txt, .jsonl, .json or .parquet files"})
+    validation_file: list[str] | None = field(default=None, metadata={"help": "held-out files"})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "hub data set, builtin:prose or builtin:synthetic"}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of the hub data set"})
+    dataset_split: str = field(default="train", metadata={"help": "training split of the hub data set"})
+    dataset_validation_split: str | None = field(default=None, metadata={"help": "held-out split of the hub data set"})
+    dataset_revision: str | None = field(default=None, metadata={"help": "commit of the hub data set"})
+    text_field: str = field(default="text", metadata={"help": "field of JSONL or Parquet rows that holds the text"})
+    messages_field: str = field(default="messages", metadata={"help": "field that holds chat messages"})
+    text_document: str = field(default="file", metadata={"help": "what a document of a text file is: file, paragraph or line"})
+    unwrap: bool = field(default=False, metadata={"help": "join hard-wrapped lines of text files into paragraphs"})
+    assistant_only_loss: bool = field(default=False, metadata={"help": "chat: train on assistant tokens only"})
+    validation_split_percentage: float = field(default=5.0, metadata={"help": "share of documents that is held out"})
+    block_size: int = field(default=512, metadata={"help": "tokens per packed block"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "blocks to train on at most"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "blocks to evaluate on at most"})
+    streaming: bool = field(default=False, metadata={"help": "read and pack while training"})
+    shuffle_buffer: int = field(default=0, metadata={"help": "blocks in the shuffle buffer of a stream"})
+    synthetic_tokens: int = field(default=1_000_000, metadata={"help": "size of builtin:synthetic"})
+    data_cache_dir: str | None = field(default=None, metadata={"help": "keep tokens here between runs, memory-mapped"})
+
+
+@dataclass
+class StabilityArguments:
+    stability_level: str | None = field(
+        default=None, metadata={"help": "level 0..1, or a schedule 0:0,200:0.5 over steps; replaces the block's level"}
+    )
+    stability_loss_path: str | None = field(
+        default=None, metadata={"help": "stock or chunked: the loss path, where a level-0 run is to match chunked ones"}
+    )
+    high_frequency_file: str | None = field(
+        default=None, metadata={"help": "high_frequency.json of another run, used as this run's high-frequency set"}
+    )
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers.TrainingArguments with other defaults: a bounded log, and metrics that ds_stability writes itself."""
+
+    logging_steps: float = field(default=10, metadata={"help": "log every X steps"})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "evaluation blocks per device"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide non-finite losses from the log"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "as in transformers; position_ids are needed"})
+
+
+@dataclass
+class Command:
+    """A parsed and checked command line. `training` holds keyword arguments: building TrainingArguments touches devices."""
+
+    model: ModelArguments
+    data: DataArguments
+    stability: StabilityConfig
+    training: dict[str, Any]
+    ds_config: dict[str, Any]
+    spec: DataSpec
+    resume: str | None
+    config_file: str | None = None
+
+    @property
+    def output_dir(self) -> str:
+        return self.training["output_dir"]
+
+
+class _Parser(HfArgumentParser):
+    """argparse with our kind of error: one line, exit code 2, raised as UserError."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_command(argv: list[str]) -> Command:
+    """Parse and check a command line of launchers/train.py.
+
+    Raises:
+        UserError: a wrong flag, recipe, DeepSpeed config, stability block, model, data file or output directory.
+    """
+    parser = _Parser((ModelArguments, DataArguments, StabilityArguments, TrainArguments), allow_abbrev=False)
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file with defaults for any flag")
+    given, recipe = _explicit_flags(parser, argv)
+    namespace = vars(parser.parse_args(_recipe_arguments(parser, recipe) + argv))
+    split = {kind: {f.name: namespace[f.name] for f in dataclasses.fields(kind) if f.init}
+             for kind in (ModelArguments, DataArguments, StabilityArguments, TrainArguments)}  # fmt: skip
+    model, data = ModelArguments(**split[ModelArguments]), DataArguments(**split[DataArguments])
+    training = split[TrainArguments]
+    _check_sources(model)
+    ds_config, stability = _load_block(training, StabilityArguments(**split[StabilityArguments]))
+    stability = stability.resolve(pretrained=model.model_name_or_path is not None)
+    _follow_ds_config(training, ds_config, given | recipe.keys())
+    _check_training(training)
+    spec = _data_spec(data, training["seed"])
+    spec.check()
+    if data.block_size < 2:
+        raise UserError(f"--block_size {data.block_size}: allowed is a number of tokens from 2")
+    resume = _resume_path(training)
+    check_output_dir(training["output_dir"], resume is not None)
+    return Command(model, data, stability, training, ds_config, spec, resume, namespace["config"])
+
+
+def _explicit_flags(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[set[str], dict[str, Any]]:
+    """Names of the flags in `argv`, and the recipe that `--config` names."""
+    actions = parser._option_string_actions
+    names = {actions[a.split("=")[0]].dest for a in argv if a.split("=")[0] in actions}
+    for index, argument in enumerate(argv):
+        if argument == "--config" and index + 1 < len(argv):
+            return names, _read_recipe(parser, argv[index + 1])
+        if argument.startswith("--config="):
+            return names, _read_recipe(parser, argument.split("=", 1)[1])
+    return names, {}
+
+
+def _read_recipe(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"--config {path}: is no YAML (line {mark.line + 1 if mark else '?'})") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path}: holds a {type(recipe).__name__}; allowed is a mapping of flags to values")
+    known = {action.dest for action in parser._actions} - {"config", "help"}
+    for key in recipe:
+        if key not in known:
+            near = did_you_mean(str(key), sorted(known))
+            raise UserError(f"--config {path}: unknown key {key!r}{f'; did you mean {near!r}?' if near else ''}")
+    return recipe
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser, recipe: dict[str, Any]) -> list[str]:
+    """The recipe as command-line words, so that both are parsed by the same rules."""
+    words: list[str] = []
+    for key, value in recipe.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words.append(f"--{key}")
+        words += [json.dumps(v) if isinstance(v, bool | dict) else str(v) for v in values]
+    return words
+
+
+def _check_sources(model: ModelArguments) -> None:
+    if (model.model_name_or_path is None) == (model.config_name is None):
+        given = "both are given" if model.model_name_or_path else "neither is given"
+        raise UserError(f"--model_name_or_path (pretrained weights) or --config_name (a fresh model): {given}; give one")
+    for flag, name in (("model_name_or_path", model.model_name_or_path), ("config_name", model.config_name),
+                       ("tokenizer_name", model.tokenizer_name)):  # fmt: skip
+        # A hub name has the form name or owner/name; anything else can only be a path.
+        if name and not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
+            raise UserError(f"--{flag} {name}: no such file or folder")
+    if model.config_overrides and not model.config_name:
+        raise UserError("--config_overrides changes a fresh model's config; it needs --config_name")
+
+
+def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[dict[str, Any], StabilityConfig]:
+    """(DeepSpeed config without the block, the block with the flags applied)."""
+    if not training["deepspeed"]:
+        raise UserError("--deepspeed is not given; give a DeepSpeed config, for example ds_configs/zero3_bf16.json")
+    ds_config, stability = split_config(load_ds_config(training["deepspeed"]))
+    if flags.stability_level is not None:
+        stability = stability.with_level(parse_level_flag(flags.stability_level), "--stability_level")
+    block = stability.to_dict()
+    if flags.stability_loss_path is not None:
+        block["loss_path"] = flags.stability_loss_path
+    if flags.high_frequency_file is not None:
+        block["statistics"]["high_frequency_file"] = flags.high_frequency_file
+    stability = StabilityConfig.parse(block)
+    problems = unsupported(ds_config, stability)
+    if problems:
+        raise UserError(problems[0])
+    file = stability.statistics.high_frequency_file
+    if file is not None and not os.path.isfile(file):
+        raise UserError(f"--high_frequency_file {file}: no such file")
+    return ds_config, stability
+
+
+def _follow_ds_config(training: dict[str, Any], ds_config: dict[str, Any], given: set[str]) -> None:
+    """Where the DeepSpeed config states a value, it sets the flag of the same meaning, unless that flag was given too."""
+    precision = {name: ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16")}
+    for name, enabled in precision.items():
+        if isinstance(enabled, bool):
+            if name in given and bool(training[name]) != enabled:
+                raise UserError(f"--{name} {training[name]} and {name}.enabled {enabled} in {training['deepspeed']} disagree")
+            training[name] = enabled
+    clip = ds_config.get("gradient_clipping")
+    if isinstance(clip, int | float):
+        if "max_grad_norm" in given and training["max_grad_norm"] != clip:
+            raise UserError(f"--max_grad_norm {training['max_grad_norm']} and gradient_clipping {clip} in "
+                            f"{training['deepspeed']} disagree; change one of them")  # fmt: skip
+        training["max_grad_norm"] = float(clip)
+
+
+def _check_training(training: dict[str, Any]) -> None:
+    for flag, low in (("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1),
+                      ("gradient_accumulation_steps", 1), ("seed", 0)):  # fmt: skip
+        if training[flag] < low:
+            raise UserError(f"--{flag} {training[flag]}: allowed is an integer from {low}")
+    for flag in ("learning_rate", "num_train_epochs"):
+        if not 0 < float(training[flag]) < float("inf"):
+            raise UserError(f"--{flag} {training[flag]}: allowed is a number above 0")
+    if not training["output_dir"]:
+        raise UserError("--output_dir is not given; give a new or empty folder for this run")
+    for flag in ("label_smoothing_factor", "use_liger_kernel"):
+        if training[flag]:
+            raise UserError(f"--{flag} {training[flag]} takes the loss away from the model, where the stability level acts; "
+                            "leave it out (smoothing: stability.stabilizers.regularization.kind label_smoothing)")  # fmt: skip
+
+
+def _data_spec(data: DataArguments, seed: int) -> DataSpec:
+    values = dataclasses.asdict(data)
+    names = {f.name for f in dataclasses.fields(DataSpec)}
+    kwargs = {name: value for name, value in values.items() if name in names}
+    return DataSpec(train_files=tuple(data.train_file or ()), validation_files=tuple(data.validation_file or ()),
+                    seed=seed, **kwargs)  # fmt: skip
+
+
+def _resume_path(training: dict[str, Any]) -> str | None:
+    """The checkpoint folder to continue from: `true` means the newest one in `output_dir`."""
+    given = training["resume_from_checkpoint"]
+    if given is None or str(given).lower() == "false":
+        return None
+    if str(given).lower() == "true":
+        from ds_stability.run_dir import RunDir
+
+        found = RunDir(training["output_dir"]).checkpoints()
+        if not found:
+            raise UserError(f"--resume_from_checkpoint true: {training['output_dir']} holds no checkpoint; leave the flag out, "
+                            "and use an empty --output_dir")  # fmt: skip
+        return str(found[-1][1])
+    if not os.path.isdir(given):
+        raise UserError(f"--resume_from_checkpoint {given}: no such checkpoint folder; give true, or OUTPUT_DIR/checkpoint-N")
+    return str(given)
+
+
+def trainer_ds_config(command: Command) -> dict[str, Any]:
+    """The DeepSpeed config that Trainer gets: a copy, with the block (no null in it is "auto") back in its place."""
+    return {**copy.deepcopy(command.ds_config), "stability": command.stability.to_dict()}

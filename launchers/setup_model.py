@@ -1,0 +1,127 @@
+"""Config, tokenizer and model of a training run, from the checked command line."""
+
+from typing import Any
+
+import torch
+
+from ds_stability.data.packing import check_block_size, check_vocabulary, packing_problem
+from ds_stability.data.readers import read_documents
+from ds_stability.data.tokenizer import train_bpe
+from ds_stability.errors import UserError
+from ds_stability.launchers.arguments import Command, TrainArguments
+
+
+def load_config(command: Command) -> Any:
+    """The model's config, pretrained or fresh, checked against --block_size. No weights are read."""
+    from transformers import AutoConfig
+
+    arguments = command.model
+    name, flag = arguments.model_name_or_path, "model_name_or_path"
+    if name is None:
+        name, flag = arguments.config_name, "config_name"
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--{flag} {name}: no model config could be loaded ({_first_line(error)})") from None
+    _override(config, arguments.config_overrides)
+    check_block_size(command.data.block_size, config)
+    return config
+
+
+def load_tokenizer(command: Command, config: Any) -> tuple[Any, Any]:
+    """(tokenizer, config). A fresh model without a tokenizer of its own gets one: a BPE trained on the training documents,
+    or the synthetic language's words; its config then has that vocabulary."""
+    arguments = command.model
+    name = arguments.tokenizer_name or arguments.model_name_or_path
+    if name is not None:
+        tokenizer = _pretrained_tokenizer(command, name)
+    elif command.spec.dataset_name == "builtin:synthetic":
+        from ds_stability.data.synthetic import SyntheticLanguage
+
+        tokenizer = SyntheticLanguage(command.spec.synthetic_seed).tokenizer()
+    else:
+        tokenizer = train_bpe(read_documents(command.spec), arguments.vocab_size)
+    if arguments.model_name_or_path is None:
+        _fit_vocabulary(config, tokenizer)
+    check_vocabulary(tokenizer, config)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-text token, which separates packed documents; pass another "
+                        "--tokenizer_name")  # fmt: skip
+    return tokenizer, config
+
+
+def build_model(command: Command, config: Any, tokenizer: Any, args: TrainArguments) -> torch.nn.Module:
+    """The model, in the dtype that the engine computes in; weights are partitioned while they load under ZeRO-3."""
+    from transformers import AutoModelForCausalLM
+
+    arguments = command.model
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    # transformers ignores the borders of packed documents when it keeps a cache (masking_utils.py).
+    config.get_text_config().use_cache = False
+    options = {"attn_implementation": arguments.attn_implementation, "trust_remote_code": arguments.trust_remote_code}
+    try:
+        if arguments.model_name_or_path is None:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, config=config, dtype=dtype,
+                                                         revision=arguments.model_revision, **options)  # fmt: skip
+    except (OSError, ValueError, ImportError) as error:
+        source = arguments.model_name_or_path or arguments.config_name
+        raise UserError(f"{source}: the model could not be built ({_first_line(error)})") from None
+    problem = packing_problem(model)
+    if problem is not None and args.process_index == 0:
+        print(f"note: {problem}", flush=True)
+    return _add_adapter(model, arguments, args) if arguments.use_peft else model
+
+
+def _pretrained_tokenizer(command: Command, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=command.model.model_revision, trust_remote_code=command.model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: no tokenizer could be loaded ({_first_line(error)}); pass --tokenizer_name") from None
+
+
+def _fit_vocabulary(config: Any, tokenizer: Any) -> None:
+    text = config.get_text_config()
+    text.vocab_size = max(tokenizer.get_vocab().values()) + 1
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, key, getattr(tokenizer, key))
+
+
+def _override(config: Any, overrides: str | None) -> None:
+    for pair in (overrides or "").split(","):
+        key, separator, _ = pair.partition("=")
+        if pair and (not separator or key not in config.to_dict()):
+            raise UserError(f"--config_overrides {pair!r}: allowed are key=value pairs of keys that the config has")
+    if overrides:
+        try:
+            config.update_from_string(overrides)
+        except ValueError as error:
+            raise UserError(f"--config_overrides {overrides}: {_first_line(error)}") from None
+
+
+def _add_adapter(model: torch.nn.Module, arguments: Any, args: TrainArguments) -> torch.nn.Module:
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError:
+        raise UserError("--use_peft needs the package peft; install ds_stability[peft]") from None
+    lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=arguments.lora_r, lora_alpha=arguments.lora_alpha,
+                      lora_dropout=arguments.lora_dropout,
+                      target_modules=arguments.lora_target_modules or "all-linear")  # fmt: skip
+    if args.gradient_checkpointing or args.activation_checkpointing:
+        model.enable_input_require_grads()  # frozen embeddings would cut the graph off at the first checkpoint
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {arguments.lora_target_modules}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException, limit: int = 200) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,125 @@
+"""The run directory's first files, and what happens in it while Trainer trains."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from ds_stability import engine_of
+from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
+from ds_stability.data.tokenizer import tokenizer_hash
+from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
+from ds_stability.probe import Probe, prompts_from_blocks, prompts_from_file
+from ds_stability.run_dir import RunDir, build_manifest, check_output_dir
+
+PROMPT_TOKENS = 16
+
+
+def high_frequency(command: Command, tokenizer: Any, config: Any, train_data: Any, facts: dict) -> HighFrequencySet:
+    """The set that this run measures with: another run's file if one is given, else counted on the training blocks."""
+    vocab_size = config.get_text_config().vocab_size
+    statistics = command.stability.statistics
+    if statistics.high_frequency_file is not None:
+        return HighFrequencySet.load(statistics.high_frequency_file, vocab_size, tokenizer_hash(tokenizer))
+    return make_high_frequency_set(train_data, tokenizer, vocab_size, statistics.high_frequency_coverage,
+                                   facts["corpus_fingerprint"])  # fmt: skip
+
+
+def start_run(command: Command, run: RunDir, config: Any, facts: dict, frequent: HighFrequencySet,
+              args: TrainArguments) -> None:  # fmt: skip
+    """Check that the directory is new, or holds this very run; rank 0 writes the manifest and high_frequency.json."""
+    identity = _identity(command, config, facts)
+    if command.resume is not None:
+        check_output_dir(run.path, True, identity)
+        return
+    if args.process_index != 0:
+        return
+    run.create()
+    resolved = {
+        "model": dataclasses.asdict(command.model),
+        "data": command.spec.to_dict(),
+        "training": {k: v for k, v in args.to_sanitized_dict().items() if k != "deepspeed"},
+        "deepspeed": trainer_ds_config(command),
+        "stability": identity["stability"],
+    }
+    seeds = {"seed": args.seed, "data_seed": args.data_seed if args.data_seed is not None else args.seed}
+    run.write_manifest(build_manifest(config=resolved, identity=identity, seeds=seeds, data=facts,
+                                      world_size=args.world_size, hosts=_hosts()))  # fmt: skip
+    frequent.save(os.fspath(run.path / FILE_NAME))
+
+
+def _identity(command: Command, config: Any, facts: dict) -> dict[str, Any]:
+    """What must agree for a checkpoint to be continued."""
+    model = command.model
+    architecture = json.dumps(config.to_dict(), sort_keys=True, default=str).encode()
+    return {
+        "model": os.path.abspath(model.model_name_or_path) if os.path.isdir(model.model_name_or_path or "") else
+        model.model_name_or_path or f"fresh {config.model_type}",
+        "model_config": hashlib.sha256(architecture).hexdigest(),
+        "adapter": [model.lora_r, model.lora_alpha, model.lora_target_modules] if model.use_peft else None,
+        "data": facts["corpus_fingerprint"],
+        "tokenizer": facts["tokenizer_hash"],
+        "block_size": command.data.block_size,
+        "seed": command.training["seed"],
+        "stability": command.stability.to_dict(),
+    }  # fmt: skip
+
+
+def _hosts() -> list[str]:
+    return [os.uname().nodename] if int(os.environ.get("CROSS_SIZE", "1")) == 1 else [
+        f"{os.uname().nodename} and {int(os.environ['CROSS_SIZE']) - 1} more"
+    ]
+
+
+class RunCallback(TrainerCallback):
+    """Gives the engine the high-frequency set, and probes at the interval of the block.
+
+    Args:
+        blocks: where prompts are cut from, if the block names no prompts_file.
+        evaluate_last: evaluate after the last step, whatever --eval_strategy says.
+    """
+
+    def __init__(self, command: Command, run: RunDir, tokenizer: Any, blocks: Any, frequent: HighFrequencySet,
+                 evaluate_last: bool):  # fmt: skip
+        self.evaluate_last = evaluate_last
+        self.command, self.run, self.tokenizer, self.blocks, self.frequent = command, run, tokenizer, blocks, frequent
+        self.probe: Probe | None = None
+        self.engine = None
+        self.evaluated_at: int | None = None  # step of the last held-out evaluation
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.engine = engine_of(model)
+        self.engine.stability.set_high_frequency(list(self.frequent.token_ids), self.frequent.vocab_size)
+        config = self.command.stability.probe
+        if config.interval > 0:
+            self.probe = Probe(self.engine, self.tokenizer, config, self.frequent.token_ids, self.run,
+                               self._prompts(config), seed=args.seed)  # fmt: skip
+
+    def _prompts(self, config) -> list[list[int]]:
+        if config.prompts_file is not None:
+            return prompts_from_file(config.prompts_file, self.tokenizer, config.num_prompts)
+        length = max(1, min(PROMPT_TOKENS, self.command.data.block_size // 2))
+        blocks = (block["input_ids"].tolist() for block in self.blocks)
+        return prompts_from_blocks(blocks, config.num_prompts, length)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.probe is not None and self.probe.due(state.global_step):
+            values = self.probe.run(state.global_step)
+            if self.engine.stability.recorder is not None:
+                self.engine.stability.recorder.record(state.global_step, values)
+        if state.global_step >= state.max_steps and self.evaluate_last:
+            control.should_evaluate = True  # the last step's line holds the final held-out figures
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated_at = state.global_step
+
+
+def finish_run(run: RunDir) -> None:
+    """DONE, last of all: every rank has closed its files."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        run.mark_done()

@@ -1,0 +1,145 @@
+"""Train a causal language model under DeepSpeed at a controlled stabilization level.
+
+    deepspeed --num_gpus 2 launchers/train.py --model_name_or_path PATH --train_file a.txt \
+        --deepspeed ds_configs/zero3_bf16.json --stability_level 0.5 --output_dir runs/a --max_steps 200
+
+Flags are those of transformers.TrainingArguments, the model and data flags of launchers/arguments.py, and
+--stability_level. `--config recipe.yaml` gives defaults for any flag. The level lives in the "stability" block of the
+DeepSpeed config; the flag replaces it. On a machine without GPUs set DS_ACCELERATOR=cpu.
+
+Writes OUTPUT_DIR/{manifest.json, metrics.jsonl, tensorboard/, samples/, checkpoint-N/, high_frequency.json, final/, DONE}.
+Success is the file DONE. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 3 too many steps in a
+row had numbers that were not finite.
+"""
+
+import os
+import sys
+
+from ds_stability.console import agree, quiet_libraries, run_script
+
+quiet_libraries()
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from transformers import Trainer, default_data_collator, set_seed  # noqa: E402
+
+from ds_stability import engine_of  # noqa: E402
+from ds_stability.data import load_blocks  # noqa: E402
+from ds_stability.data.frequency import FILE_NAME  # noqa: E402
+from ds_stability.data.packing import pad_to_multiple  # noqa: E402
+from ds_stability.errors import UserError  # noqa: E402
+from ds_stability.export import export_model  # noqa: E402
+from ds_stability.integrations.transformers import enable  # noqa: E402
+from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
+from ds_stability.launchers.setup_model import build_model, load_config, load_tokenizer  # noqa: E402
+from ds_stability.launchers.setup_run import RunCallback, finish_run, high_frequency, start_run  # noqa: E402
+from ds_stability.run_dir import RunDir  # noqa: E402
+
+
+class StabilityTrainer(Trainer):
+    """Trainer whose evaluation loss is exact over tokens, and which makes sure that the run is as distributed as asked."""
+
+    checked = False
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.checked:
+            self.checked = True
+            require_distributed(model, inputs["input_ids"])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "use_cache": False}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        return super().prediction_step(model, inputs, True, ignore_keys)  # logits would be gathered over ranks
+
+
+def require_distributed(model, input_ids: torch.Tensor) -> None:
+    """The engine is DeepSpeed's, spans all processes, and no two ranks got the same first batch.
+
+    Raises:
+        UserError: on every rank. A Trainer on CPUs can fall back to one process per rank without a word.
+    """
+    world = dist.get_world_size()
+    if not isinstance(model, deepspeed.DeepSpeedEngine) or model.world_size != int(os.environ.get("WORLD_SIZE", world)):
+        raise UserError(
+            f"the engine is a {type(model).__name__} for {dist.get_world_size()} of {os.environ.get('WORLD_SIZE')} "
+            "processes, not a DeepSpeedEngine for all; launch with `deepspeed`, on CPUs with DS_ACCELERATOR=cpu"
+        )
+    batches = [None] * world
+    dist.all_gather_object(batches, input_ids.cpu().numpy().tobytes())
+    if len(set(batches)) < world:
+        raise UserError(f"{world} ranks read only {len(set(batches))} different first batches; the data is not sharded over "
+                        "ranks, or repeats itself: check --train_file and how the script is launched")  # fmt: skip
+
+
+def training_arguments(command: Command) -> TrainArguments:
+    """TrainingArguments of a checked command; needs the process group (Accelerate falls back to one process else)."""
+    on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
+    values = {**command.training, "deepspeed": trainer_ds_config(command), "use_cpu": on_cpu,
+              "resume_from_checkpoint": command.resume}  # fmt: skip
+    try:
+        return TrainArguments(**values)
+    except (ValueError, ImportError) as error:  # transformers' own checks of the flags, made one line
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def load_data(command: Command, tokenizer, args: TrainArguments):
+    """(training blocks, evaluation blocks, facts). One process of a host reads first, so that the others find its cache."""
+    outcome: list = []
+    with args.main_process_first(local=True, desc="tokenization"):
+        try:
+            outcome.append(load_blocks(command.spec, tokenizer, command.data.block_size, args.world_size,
+                                       command.data.data_cache_dir))  # fmt: skip
+        except UserError as error:
+            outcome.append(error)
+
+    def result():
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]
+
+    return agree(result)
+
+
+def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokenizer, frequent_file) -> None:
+    """Export, DONE."""
+    if callback.evaluate_last and callback.evaluated_at != trainer.state.global_step:
+        trainer.evaluate()  # a run that was resumed after its last step
+    engine = engine_of(trainer.model)
+    card = {"level": engine.stability.config.to_dict()["level"], "steps": trainer.state.global_step}
+    export_model(engine, tokenizer, run.final, card, frequent_file)
+    if engine.stability.recorder is not None:
+        engine.stability.recorder.close()
+    finish_run(run)
+
+
+def main(argv: list[str]) -> None:
+    command = parse_command(argv)
+    run = RunDir(command.output_dir)
+    if command.resume and run.done.exists():
+        raise UserError(f"--output_dir {run.path}: this run is complete (DONE); nothing is left to resume")
+    config = load_config(command)  # before any process group: a wrong name or size costs seconds
+    deepspeed.init_distributed()
+    args = training_arguments(command)
+    set_seed(args.seed)
+    tokenizer, config = agree(lambda: load_tokenizer(command, config))
+    train_data, eval_data, facts = load_data(command, tokenizer, args)
+    frequent = agree(lambda: high_frequency(command, tokenizer, config, train_data, facts))
+    agree(lambda: start_run(command, run, config, facts, frequent, args))
+    model = agree(lambda: build_model(command, config, tokenizer, args))
+    enable()
+    if eval_data is not None:
+        eval_data = pad_to_multiple(eval_data, args.world_size * args.per_device_eval_batch_size)
+    callback = RunCallback(command, run, tokenizer, train_data if eval_data is None else eval_data, frequent,
+                           evaluate_last=eval_data is not None)  # fmt: skip
+    trainer = StabilityTrainer(model=model, args=args, train_dataset=train_data, eval_dataset=eval_data,
+                               data_collator=default_data_collator, callbacks=[callback])  # fmt: skip
+    trainer.train(resume_from_checkpoint=command.resume)
+    finish(trainer, callback, run, tokenizer, run.path / FILE_NAME)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,44 @@
+"""Metadata and the folder mapping; pyproject.toml holds tool configuration only."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# The folders of the top level live inside one installed package: a wheel has one top-level name.
+FOLDERS = {"ds_stability.launchers": "launchers", "ds_stability.ds_configs": "ds_configs", "ds_stability.eval": "eval"}
+
+setup(
+    name="ds_stability",
+    version="0.1.0",
+    description="Train language models under DeepSpeed ZeRO-3 at a controlled, measured level of stabilization",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["ds_stability", "ds_stability.*"]), *FOLDERS],
+    package_dir=FOLDERS,
+    package_data={
+        "ds_stability.ds_configs": ["*.json", "models/*.json"],
+        "ds_stability.launchers": ["*.md", "hostfile.example", "recipes/*.yaml"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.20,<6",
+        "accelerate>=1.12,<2",
+        "datasets>=4.0,<6",
+        "tensorboard>=2.15",
+        "pydantic>=2.7,<3",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "pyyaml>=6.0",
+    ],
+    extras_require={
+        "peft": ["peft>=0.17"],
+        "plot": ["matplotlib>=3.8"],
+        "trl": ["trl>=1.16"],
+        "gguf": ["gguf>=0.17"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.17", "matplotlib>=3.8", "scipy>=1.11", "trl>=1.16"],
+    },
+    entry_points={"console_scripts": ["ds-stability=ds_stability.cli:main"]},
+)

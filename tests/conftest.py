@@ -1,0 +1,58 @@
+"""Shared fixtures."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def run_distributed(tmp_path_factory):
+    """`run_distributed(script, *args, ranks=2, timeout=300, env=None)` runs a script under the `deepspeed` launcher.
+
+    On CPU, with one extension cache per session (a shared one makes runs wait for each other's lock). Returns the
+    CompletedProcess with stdout and stderr as text. Judge by a file that the script writes last, not by the exit code:
+    DeepSpeed on CPU now and then aborts after all work is done.
+    """
+    extensions = tmp_path_factory.mktemp("torch_extensions")
+
+    def run(script, *args: str, ranks: int = 2, timeout: int = 300, env: dict[str, str] | None = None):
+        environment = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(extensions)),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+            **(env or {}),
+        }
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+        command += ["--master_port", str(free_port()), str(script), *map(str, args)]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,  # so that a time-out can end the launcher and its ranks, and nothing else
+        )
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            stdout, stderr = process.communicate()
+            pytest.fail(f"{script} {args} took more than {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}")
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+    return run

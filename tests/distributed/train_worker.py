@@ -1,0 +1,217 @@
+"""Runs a list of short trainings under the real `deepspeed` launcher and saves what the tests compare.
+
+Usage: deepspeed --num_gpus N train_worker.py SPEC.json OUT_DIR. SPEC is {"runs": [RUN, ...]}; see `DEFAULTS` for a RUN.
+Rank 0 writes OUT_DIR/NAME.pt (weights, losses, metrics, state, collectives) and, last, OUT_DIR/DONE.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import ds_stability
+
+DEFAULTS = {
+    "engine": "ours",  # or "plain": deepspeed.initialize, without the stability block
+    "arch": "llama",
+    "ds": {},  # merged over `base_config`
+    "stability": {},
+    "steps": 4,
+    "gas": 2,
+    "micro": 2,
+    "seq": 16,
+    "vocab": 97,  # not divisible by 2: partitions are padded
+    "optimizer": "adamw",
+    "lr": 1e-2,
+    "clip": 1.0,
+    "checkpointing": None,  # "reentrant" or "plain"
+    "freeze": None,  # substring of parameter names to freeze
+    "evaluate": False,  # an evaluation pass between the steps
+    "poison": None,  # {"step": s, "rank": r, "value": "nan"}: rank r's embedding output becomes NaN in step s
+    "masked": None,  # {"step": s, "micro": m, "rank": r}: every label of that micro-batch is -100
+    "high_frequency": None,
+    "save_at": None,
+    "load": None,
+    "num_items": False,  # pass num_items_in_batch, and scale the loss by world size, as Trainer does
+    "data_world": None,  # split the same global batch as if there were this many (rank, micro) slots
+}
+
+
+def build_model(run):
+    torch.manual_seed(0)
+    if run["arch"] == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=run["vocab"], n_positions=64, n_embd=32, n_layer=2, n_head=2,
+                                          resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(vocab_size=run["vocab"], hidden_size=32, intermediate_size=56,
+                                        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                                        max_position_embeddings=64))  # fmt: skip
+
+
+def base_config(run, world):
+    config = {
+        "train_micro_batch_size_per_gpu": run["micro"],
+        "gradient_accumulation_steps": run["gas"],
+        "train_batch_size": run["micro"] * run["gas"] * world,
+        "gradient_clipping": run["clip"],
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 3000, "stage3_param_persistence_threshold": 0},
+    }
+    optimizer = {"adamw": {"type": "AdamW", "params": {"lr": run["lr"], "weight_decay": 0.01, "torch_adam": True}},
+                 "sgd": {"type": "SGD", "params": {"lr": run["lr"]}},
+                 "cpuadam": {"type": "AdamW", "params": {"lr": run["lr"], "weight_decay": 0.01}}}  # fmt: skip
+    config["optimizer"] = optimizer[run["optimizer"]]
+    for key, value in run["ds"].items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    return config
+
+
+def global_batches(run, step, rows):
+    """Token ids [rows, seq] of a global batch; Zipf-like so that surprisal is skewed as in text."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    weights = 1.0 / torch.arange(1, run["vocab"] + 1).float()
+    return torch.multinomial(weights, rows * run["seq"], replacement=True, generator=generator).view(rows, run["seq"])
+
+
+def micro_batches(run, step, rank, world):
+    rows = run["micro"] * run["gas"] * world
+    tokens = global_batches(run, step, rows)
+    for index in range(run["gas"]):
+        start = (index * world + rank) * run["micro"]
+        ids = tokens[start : start + run["micro"]]
+        labels = ids.clone()
+        labels[:, : 3 + (start % 5)] = -100  # uneven numbers of supervised tokens
+        masked = run["masked"]
+        if masked and masked["step"] == step and masked["micro"] == index and masked["rank"] in (rank, "all"):
+            labels[:] = -100
+        yield ids, labels
+
+
+def num_items(run, step, world):
+    total = 0
+    for rank in range(world):
+        total += sum(int((labels[:, 1:] != -100).sum()) for _, labels in micro_batches(run, step, rank, world))
+    return total
+
+
+def gathered_weights(engine):
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = deepspeed.utils.safe_get_full_fp32_param(parameter)
+        weights[name] = (parameter.detach().float() if full is None else full).cpu().clone()
+    return weights
+
+
+def make_engine(run, world):
+    model = build_model(run)
+    if run["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": run["checkpointing"] == "reentrant"})
+    if run["freeze"]:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(run["freeze"] not in name)
+        model.enable_input_require_grads()
+    config = base_config(run, world)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if run["engine"] == "plain":
+        return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
+    engine = ds_stability.initialize(
+        model=model, model_parameters=trainable, config={**config, "stability": run["stability"]}
+    )[0]
+    assert isinstance(engine, deepspeed.DeepSpeedEngine)
+    if run["high_frequency"]:
+        engine.stability.set_high_frequency(run["high_frequency"], run["vocab"])
+    return engine
+
+
+def poison_hook(engine, run, step, rank):
+    poison = run["poison"]
+    if not poison or poison["step"] != step or poison["rank"] not in (rank, "all"):
+        return None
+    value = float(poison["value"])
+    return engine.module.get_input_embeddings().register_forward_hook(lambda module, args, out: out * value)
+
+
+def train_step(engine, run, step, rank, world):
+    total = num_items(run, step, world) if run["num_items"] else None
+    hook, losses = poison_hook(engine, run, step, rank), []
+    for ids, labels in micro_batches(run, step, rank, world):
+        extra = {"num_items_in_batch": total} if run["num_items"] else {}
+        loss = engine(input_ids=ids.to(engine.device), labels=labels.to(engine.device), **extra).loss
+        if run["num_items"]:
+            engine.backward(loss * world, scale_wrt_gas=False)
+        else:
+            engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    if hook is not None:
+        hook.remove()
+    return losses
+
+
+def evaluate(engine, run, world):
+    engine.eval()
+    with torch.no_grad():
+        for ids, labels in micro_batches(run, 999, dist.get_rank(), world):
+            engine(input_ids=ids.to(engine.device), labels=labels.to(engine.device))
+    engine.train()
+
+
+def collectives():
+    from deepspeed.comm.comm import comms_logger
+
+    return {op: {size: row[0] for size, row in sizes.items()} for op, sizes in comms_logger.get_raw_data().items()}
+
+
+def execute(run, out, rank, world):
+    engine = make_engine(run, world)
+    losses, metrics, counts, first = [], [], [], 0
+    if run["load"]:
+        path, _ = engine.load_checkpoint(run["load"])
+        assert path is not None
+        first = engine.global_steps
+    for step in range(first, run["steps"]):
+        losses.append(train_step(engine, run, step, rank, world))
+        if run["engine"] == "ours":
+            metrics.append({"step": engine.global_steps, **engine.stability.metrics})
+        if run["evaluate"]:
+            evaluate(engine, run, world)
+        if run["ds"].get("comms_logger"):
+            counts.append(collectives())
+        if run["save_at"] == engine.global_steps:
+            engine.save_checkpoint(str(out / f"{run['name']}_checkpoint"))
+    result = {"weights": gathered_weights(engine), "losses": losses, "metrics": metrics, "collectives": counts,
+              "skipped": engine.skipped_steps, "grad_norm": engine.get_global_grad_norm()}  # fmt: skip
+    if run["engine"] == "ours":
+        result["state"] = engine.stability.state_dict()
+        states = [None] * world
+        dist.all_gather_object(states, result["state"]["stabilizers"])
+        result["states"] = states
+    if rank == 0:
+        torch.save(result, out / f"{run['name']}.pt")
+    engine.destroy()
+
+
+def main():
+    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    deepspeed.init_distributed()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for run in spec["runs"]:
+        run = {**DEFAULTS, **run}
+        try:
+            execute(run, out, rank, world)
+        except (ds_stability.UserError, ds_stability.SkippedStepsError) as error:
+            (out / f"{run['name']}.error.{rank}").write_text(f"{type(error).__name__}: {error}")
+    dist.barrier()
+    if rank == 0:
+        (out / "DONE").touch()
+    sys.stdout.flush()
+    os._exit(0)  # a rare abort at teardown must not count (docs/footguns.md)
+
+
+if __name__ == "__main__":
+    sys.argv = [a for a in sys.argv if not a.startswith("--local_rank")]
+    main()
