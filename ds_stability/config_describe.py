@@ -13,7 +13,8 @@ from typing_extensions import is_typeddict
 
 from ds_stability.config_errors import did_you_mean, key_path, show_value
 
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a non-empty string", type(None): "null"}
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a non-empty string"}
+_TYPE_NAMES[type(None)] = "null"
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,17 @@ def translate(error: ValidationError, model: type[BaseModel], source: str) -> st
 def _problem_line(problem: Any, model: type[BaseModel], source: str) -> str:
     loc, given = problem["loc"], problem["input"]
     known = {info.path: info for info in describe_model(model)}
-    families = {path.rpartition(".")[0] for path in known}  # sections that are no field of their own, and fields
     dotted = ".".join(str(part) for part in loc)
-    path, cause = key_path(loc, source), problem.get("ctx", {}).get("error")
+    path = key_path(loc, source)
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return _unknown_key_line(path, loc, given, known)
     if problem["type"] == "value_error":  # an InvalidValue of ours, which knows more than pydantic does
+        cause = problem["ctx"]["error"]
         path, given, allowed = path + cause.where, cause.given, cause.allowed
     elif dotted in known:
         allowed = known[dotted].allowed
-    elif dotted in families:
+    else:  # the whole block, or a family
         allowed = "an object with any of the keys " + ", ".join(_keys_below(dotted, known))
-    else:
-        return _unknown_key_line(path, loc, given, known)
     if isinstance(given, str) and given == "auto":
         return f'{path}: "auto" is not allowed inside the stability block, where nothing fills it in; must be {allowed}'
     return f"{path}: {show_value(given)} is not allowed; must be {allowed}"

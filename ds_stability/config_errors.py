@@ -1,4 +1,4 @@
-"""One-line error messages for wrong configurations: where, what was given, what is allowed, what may have been meant."""
+"""Parts of one-line error messages: where it is wrong, what was given, what may have been meant."""
 
 import difflib
 import json

@@ -1,7 +1,7 @@
 """Reading a DeepSpeed JSON with one-line errors, and what can be said about it without DeepSpeed.
 
-Key names are those of DeepSpeed 0.19.8: `deepspeed/runtime/config.py` (DeepSpeedConfig), the `constants.py` files that it
-imports, and `deepspeed/__init__.py`. DeepSpeed ignores unknown top-level keys without a word.
+Key names are those of DeepSpeed 0.19.8: `deepspeed/runtime/config.py` (DeepSpeedConfig), the `constants.py` files
+that it imports, and `deepspeed/__init__.py`. DeepSpeed ignores unknown top-level keys without a word.
 """
 
 import base64
@@ -56,9 +56,11 @@ def load_ds_config(config: Any) -> dict[str, Any]:
         try:
             return copy.deepcopy(config)
         except RecursionError:
-            raise StabilityConfigError("DeepSpeed config: the dict is nested too deeply to be a DeepSpeed config") from None
+            raise StabilityConfigError("DeepSpeed config: the dict is nested too deeply to be one") from None
     if not isinstance(config, (str, os.PathLike)) or not str(config):
-        raise StabilityConfigError(f"DeepSpeed config: {show_value(config)} given; must be a dict or the path of a JSON file")
+        raise StabilityConfigError(
+            f"DeepSpeed config: {show_value(config)} is not allowed; must be a dict or the path of a JSON file"
+        )
     name = one_line(str(config), 200)
     return _parse_json(_read_text(config, name), name)
 
@@ -122,8 +124,8 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in result:
             raise StabilityConfigError(
-                f"the key {show_value(key)} stands twice in one object ({show_value(result[key])}, {show_value(value)}); "
-                "must stand once"
+                f"the key {show_value(key)} stands twice in one object, with {show_value(result[key])} and "
+                f"{show_value(value)}; must stand once"
             )
         result[key] = value
     return result

@@ -17,16 +17,28 @@ from ds_stability.errors import StabilityConfigError
 from ds_stability.stability import Stability
 
 _deepspeed_initialize = deepspeed.initialize
-_ENGINES: "weakref.WeakKeyDictionary[torch.nn.Module, deepspeed.DeepSpeedEngine]" = weakref.WeakKeyDictionary()
+# Both ends weak: an engine holds its module, so a strong value would keep every engine of a process alive.
+_ENGINES: "weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref]" = weakref.WeakKeyDictionary()
 
 
 def initialize(*args, **kwargs):
     """`deepspeed.initialize` with a `stability` block in its config; same arguments, same returned tuple.
 
+    An engine without an optimizer (for evaluation, or a frozen reference model) comes back as DeepSpeed made it.
+
     Raises:
         StabilityConfigError: the block is wrong, the config holds "auto" values (those are for Trainer, which fills them
             in), asks for a feature that is not supported, or differs between ranks.
     """
+    return _initialize(args, kwargs, auto_allowed=False)
+
+
+def initialize_for_trainer(*args, **kwargs):
+    """`initialize` for Accelerate and TRL, which fill in "auto" values, or leave some to DeepSpeed's defaults."""
+    return _initialize(args, kwargs, auto_allowed=True)
+
+
+def _initialize(args, kwargs, auto_allowed: bool):
     bound = inspect.signature(_deepspeed_initialize).bind_partial(*args, **kwargs)
     given = bound.arguments.get("config") or bound.arguments.get("config_params")
     if given is None and bound.arguments.get("args") is not None:
@@ -35,7 +47,7 @@ def initialize(*args, **kwargs):
     for sentence in unsupported(ds_config):
         raise StabilityConfigError(sentence)
     auto = find_auto(ds_config)
-    if auto:
+    if auto and not auto_allowed:
         raise StabilityConfigError(
             f'{auto[0]} is "auto" (and {len(auto) - 1} more); only a transformers Trainer fills these in: write numbers, '
             "or start from ds_configs/loop_zero3.json"
@@ -43,7 +55,8 @@ def initialize(*args, **kwargs):
     bound.arguments.pop("config_params", None)
     bound.arguments["config"] = ds_config
     result = _deepspeed_initialize(*bound.args, **bound.kwargs)
-    attach(result[0], config)
+    if result[0].optimizer_name() is not None:
+        attach(result[0], config)
     return result
 
 
@@ -59,13 +72,14 @@ def attach(engine: deepspeed.DeepSpeedEngine, config: StabilityConfig) -> deepsp
     object.__setattr__(engine, "stability", stability)  # not through nn.Module, which would look for submodules
     kind = type(engine)
     engine.__class__ = type(f"Stability{kind.__name__}", (StabilityMixin, kind), {})
-    _ENGINES[engine.module] = engine
+    _ENGINES[engine.module] = weakref.ref(engine)
     return engine
 
 
 def engine_of(module: torch.nn.Module) -> deepspeed.DeepSpeedEngine | None:
     """The extended engine that trains `module`, if there is one."""
-    return _ENGINES.get(module)
+    reference = _ENGINES.get(module)
+    return reference() if reference is not None else None
 
 
 class StabilityMixin:

@@ -83,7 +83,7 @@ def standalone_module(engine: "DeepSpeedEngine") -> Iterator[torch.nn.Module]:
     """
     module = engine.module
     with ExitStack() as stack:
-        stack.enter_context(_random_state_kept())
+        stack.enter_context(random_state_kept())
         stack.enter_context(whole(engine, module.parameters()))
         stack.enter_context(_module_state_kept(module))
         _set_hooks_aside(module, _hook_ids(engine))
@@ -100,7 +100,7 @@ def _autocast(engine: "DeepSpeedEngine"):
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

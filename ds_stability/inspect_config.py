@@ -135,7 +135,7 @@ def _deepspeed_warnings(config: dict[str, Any], auto: list[str]) -> list[str]:
     elif zero_stage(config) is None and "zero_optimization.stage" not in auto:
         given = config["zero_optimization"]
         given = given.get("stage") if isinstance(given, dict) else given
-        warnings.append(f"zero_optimization.stage: {show_value(given)} is none of 0, 1, 2, 3; DeepSpeed will refuse it")
+        warnings.append(f"zero_optimization.stage: {show_value(given)} is none of 0, 1, 2, 3")
     for key, guess in unknown_keys(config):
         hint = f'; did you mean "{guess}"?' if guess else ""
         warnings.append(f"{one_line(key, 60)}: unknown top-level key, which DeepSpeed ignores without a word{hint}")
@@ -144,8 +144,10 @@ def _deepspeed_warnings(config: dict[str, Any], auto: list[str]) -> list[str]:
                  for path in auto if path not in AUTO_KEYS]  # fmt: skip
     warnings += [f"{path}: ds_stability has never been run with this feature" for path in untested_features(config)]
     if uses_deepspeed_cpu_adam(config):
-        warnings.append("DeepSpeedCPUAdam will be used, which does not resume bit-exactly: set optimizer.params.torch_adam "
-                        "to true, or without an optimizer here zero_force_ds_cpu_optimizer to false")  # fmt: skip
+        warnings.append(
+            "DeepSpeedCPUAdam will be used, which does not resume bit-exactly: set optimizer.params.torch_adam to true "
+            "or, if the config has no optimizer, zero_force_ds_cpu_optimizer to false"
+        )
     return warnings
 
 

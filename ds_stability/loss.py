@@ -191,11 +191,11 @@ class StabilityLoss:
         loss = self.stock(logits=logits, labels=labels, vocab_size=vocab_size or logits.shape[-1],
                           num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, shift_labels=shift_labels,
                           **kwargs)  # fmt: skip
-        if not training:
-            return loss
         tokens = (targets_N != ignore_index).sum()
         # Without a supervised token the stock mean is 0/0: give a 0 that still hangs on the graph. No host sync.
         loss = torch.where(tokens > 0, loss, 0.0)
+        if not training:
+            return loss
         denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         self._watch(loss, denominator, tokens)
         return loss

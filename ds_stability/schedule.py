@@ -14,7 +14,9 @@ from ds_stability.errors import StabilityConfigError
 Schedule = float | tuple[tuple[int, float], ...]
 
 MAX_STEP = 10**9
-LEVEL_ALLOWED = "a number from 0 to 1, or a list of [step, level] pairs with increasing steps such as [[0, 0.0], [200, 0.5]]"
+LEVEL_ALLOWED = (
+    "a number from 0 to 1, or a list of [step, level] pairs with increasing steps such as [[0, 0.0], [200, 0.5]]"
+)
 FLAG_ALLOWED = 'a number from 0 to 1 such as 0.5, or step:level pairs with increasing steps such as "0:0,200:0.5"'
 _NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,3})?", re.ASCII)
 _STEP = re.compile(r"[+-]?\d{1,18}", re.ASCII)
@@ -28,7 +30,8 @@ def parse_schedule(value: object) -> Schedule:
 
 
 def _parse_level(value: object, where: str, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:  # NaN fails the comparison
+    # NaN fails the comparison, too.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise InvalidValue(where, value, allowed)
     return float(value) + 0.0  # + 0.0 turns -0.0 into 0.0, so that equal schedules have equal fingerprints
 
@@ -44,7 +47,8 @@ def _parse_pairs(value: list | tuple) -> tuple[tuple[int, float], ...]:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
             raise InvalidValue(f"[{i}][0]", step, f"a step: an integer from 0 to {MAX_STEP}")
         if pairs and step <= pairs[-1][0]:
-            raise InvalidValue(f"[{i}][0]", step, f"a step after the one before it ({pairs[-1][0]}): steps must increase")
+            allowed = f"a step after the one before it ({pairs[-1][0]}): steps must increase"
+            raise InvalidValue(f"[{i}][0]", step, allowed)
         pairs.append((int(step), _parse_level(level, f"[{i}][1]", "a level: a number from 0 to 1")))
     return tuple(pairs)
 

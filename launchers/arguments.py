@@ -64,6 +64,7 @@ class DataArguments:
     unwrap: bool = field(default=False, metadata={"help": "join hard-wrapped lines of text files into paragraphs"})
     assistant_only_loss: bool = field(default=False, metadata={"help": "chat: train on assistant tokens only"})
     validation_split_percentage: float = field(default=5.0, metadata={"help": "share of documents that is held out"})
+    split_seed: int = field(default=0, metadata={"help": "decides what is held out, and draws builtin:synthetic"})
     block_size: int = field(default=512, metadata={"help": "tokens per packed block"})
     max_train_samples: int | None = field(default=None, metadata={"help": "blocks to train on at most"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "blocks to evaluate on at most"})
@@ -140,7 +141,7 @@ def parse_command(argv: list[str]) -> Command:
     stability = stability.resolve(pretrained=model.model_name_or_path is not None)
     _follow_ds_config(training, ds_config, given | recipe.keys())
     _check_training(training)
-    spec = _data_spec(data, training["seed"])
+    spec = _data_spec(data)
     spec.check()
     if data.block_size < 2:
         raise UserError(f"--block_size {data.block_size}: allowed is a number of tokens from 2")
@@ -260,12 +261,12 @@ def _check_training(training: dict[str, Any]) -> None:
                             "leave it out (smoothing: stability.stabilizers.regularization.kind label_smoothing)")  # fmt: skip
 
 
-def _data_spec(data: DataArguments, seed: int) -> DataSpec:
+def _data_spec(data: DataArguments) -> DataSpec:
     values = dataclasses.asdict(data)
     names = {f.name for f in dataclasses.fields(DataSpec)}
     kwargs = {name: value for name, value in values.items() if name in names}
     return DataSpec(train_files=tuple(data.train_file or ()), validation_files=tuple(data.validation_file or ()),
-                    seed=seed, **kwargs)  # fmt: skip
+                    seed=data.split_seed, **kwargs)  # fmt: skip
 
 
 def _resume_path(training: dict[str, Any]) -> str | None:

@@ -52,6 +52,16 @@ class StabilityTrainer(Trainer):
         inputs = {**inputs, "use_cache": False}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def evaluation_loop(self, *args, **kwargs):
+        """As Trainer's, but the loss is the mean over all supervised tokens, not over batches of unequal size."""
+        output = super().evaluation_loop(*args, **kwargs)
+        stability = engine_of(self.model).stability
+        values = stability.evaluation_metrics()
+        output.metrics["eval_loss"] = values["eval/cross_entropy"]
+        if stability.recorder is not None:
+            stability.recorder.record(self.state.global_step, values)
+        return output
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         return super().prediction_step(model, inputs, True, ignore_keys)  # logits would be gathered over ranks
 

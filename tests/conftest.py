@@ -56,3 +56,30 @@ def run_distributed(tmp_path_factory):
         return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def trainings(run_distributed, tmp_path_factory):
+    """`trainings(runs, ranks=2)` runs a list of short trainings (see distributed/train_worker.py) in one launch.
+
+    Returns {name: result}; a run that ended in an error of ours has {"errors": {rank: text}}.
+    """
+    import json
+
+    import torch
+
+    def run(runs: list[dict], ranks: int = 2, timeout: int = 300) -> dict[str, dict]:
+        folder = tmp_path_factory.mktemp("trainings")
+        (folder / "spec.json").write_text(json.dumps({"runs": runs}))
+        worker = REPOSITORY / "tests" / "distributed" / "train_worker.py"
+        process = run_distributed(worker, str(folder / "spec.json"), str(folder), ranks=ranks, timeout=timeout)
+        assert (folder / "DONE").exists(), process.stdout[-2000:] + process.stderr[-6000:]
+        results = {}
+        for item in runs:
+            name = item["name"]
+            errors = {int(path.suffix[1:]): path.read_text() for path in folder.glob(f"{name}.error.*")}
+            results[name] = {"errors": errors} if errors else torch.load(folder / f"{name}.pt", weights_only=False)
+        results["folder"] = folder
+        return results
+
+    return run

@@ -38,7 +38,7 @@ class HighFrequencySet:
 
     @classmethod
     def load(cls, path: str, vocab_size: int | None = None, tokenizer_hash: str | None = None) -> "HighFrequencySet":
-        """Read what `save` wrote. UserError if it is not that, or does not belong to the vocabulary or tokenizer asked for."""
+        """Read what `save` wrote. UserError if it is not that, or is for another vocabulary or tokenizer."""
         try:
             with open(path, encoding="utf-8") as file:
                 values = json.load(file)
@@ -47,7 +47,8 @@ class HighFrequencySet:
         except OSError as error:
             raise UserError(f"high_frequency_file {path}: cannot be read ({error.strerror})") from error
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"high_frequency_file {path}: is not a high-frequency set; give a {FILE_NAME} that a run wrote") from error
+            raise UserError(f"high_frequency_file {path}: is not a high-frequency set; give a {FILE_NAME} that a run "
+                            "wrote") from error
         if not valid:
             raise UserError(f"high_frequency_file {path}: token_ids must be a list of token ids, with at least one")
         result._check(path, vocab_size, tokenizer_hash)
@@ -55,11 +56,11 @@ class HighFrequencySet:
 
     def _check(self, path: str, vocab_size: int | None, tokenizer_hash: str | None) -> None:
         if tokenizer_hash is not None and self.tokenizer_hash and tokenizer_hash != self.tokenizer_hash:
-            raise UserError(f"high_frequency_file {path}: was made with another tokenizer ({self.tokenizer_hash[:12]}, this run has "
-                            f"{tokenizer_hash[:12]}); give the file of a run with the same tokenizer, or none")
+            raise UserError(f"high_frequency_file {path}: was made with another tokenizer ({self.tokenizer_hash[:12]}, "
+                            f"this run has {tokenizer_hash[:12]}); give the file of a run with the same one, or none")
         if vocab_size is not None and max(self.token_ids) >= vocab_size:
-            raise UserError(f"high_frequency_file {path}: token id {max(self.token_ids)} is not in the model's vocabulary of "
-                            f"{vocab_size}; give the file of a run with the same tokenizer, or none")
+            raise UserError(f"high_frequency_file {path}: token id {max(self.token_ids)} is not in the model's vocabulary "
+                            f"of {vocab_size}; give the file of a run with the same tokenizer, or none")
 
 
 def count_tokens(
@@ -83,12 +84,13 @@ def count_tokens(
 
 
 def high_frequency_set(counts: np.ndarray, coverage: float) -> tuple[list[int], float]:
-    """The fewest most frequent token ids that make up at least `coverage` (0..1] of `counts`, and the share they reach."""
+    """The fewest most frequent token ids that make up `coverage` (0..1] of `counts` or more, and the share they reach."""
     if not 0 < coverage <= 1:
         raise UserError(f"high_frequency_coverage {coverage}: allowed is a share above 0 and up to 1")
     total = int(counts.sum())
     if total == 0:
-        raise UserError("no supervised token to count the high-frequency set on; check the training data and --assistant_only_loss")
+        raise UserError("no supervised token to count the high-frequency set on; check the training data and "
+                        "--assistant_only_loss")
     order = np.lexsort((np.arange(len(counts)), -counts))
     cumulative = np.cumsum(counts[order])
     # In whole tokens: a rounding error in coverage * total must not ask for one token more.
@@ -97,8 +99,8 @@ def high_frequency_set(counts: np.ndarray, coverage: float) -> tuple[list[int], 
 
 
 def make_high_frequency_set(
-    blocks: Iterable[dict[str, Any]], tokenizer: Any, vocab_size: int, coverage: float = 0.5, corpus_fingerprint: str = "",
-    max_tokens: int = MAX_TOKENS,
+    blocks: Iterable[dict[str, Any]], tokenizer: Any, vocab_size: int, coverage: float = 0.5,
+    corpus_fingerprint: str = "", max_tokens: int = MAX_TOKENS,
 ) -> HighFrequencySet:
     """Count `blocks` and return their high-frequency set; `vocab_size` is the model's."""
     from .tokenizer import special_token_ids, tokenizer_hash

@@ -91,7 +91,7 @@ def _keep_apart(stream: Iterator[tuple[Document, bool]], held_out: list[Document
 
 
 def separate_validation(spec: DataSpec) -> str | None:
-    """The held-out source that is not cut from the training documents: "files", "split", "sample"; None if there is none."""
+    """The held-out source that is not cut from the training documents ("files", "split", "sample"), or None."""
     if spec.validation_files:
         return "files"
     if spec.dataset_validation_split:
@@ -120,7 +120,8 @@ def _cached_stores(
                 store.save(path)
             write_atomic(mode_path, json.dumps(mode) + "\n")
         except OSError as error:
-            raise UserError(f"{folder}: the token cache cannot be written ({error.strerror}); choose another place") from error
+            raise UserError(f"{folder}: the token cache cannot be written ({error.strerror}); choose another "
+                            "place") from error
     with open(mode_path, encoding="utf-8") as file:
         return TokenStore.load(paths[0]), TokenStore.load(paths[1]), json.load(file)
 

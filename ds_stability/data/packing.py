@@ -69,7 +69,8 @@ class PackedBlocks(Dataset):
         last = min(first + self.block_size, self.store.num_tokens)
         low, high = np.searchsorted(self.store.starts[:-1], (first, last))
         supervised = None if self.store.supervised is None else self.store.supervised[first:last]
-        return make_block(self.store.ids[first:last], self.store.starts[low:high] - first, supervised, self.block_size, self.pad_id)
+        starts = self.store.starts[low:high] - first
+        return make_block(self.store.ids[first:last], starts, supervised, self.block_size, self.pad_id)
 
 
 class PaddedBlocks(Dataset):
@@ -104,8 +105,9 @@ class StreamingBlocks(IterableDataset):
 
     `documents` is called anew for each pass. Every rank sees every block: the loader (Accelerate's) deals them out.
     `skip_blocks` resumes: that many blocks of the first pass are packed but not yielded (loader workers are copies: with
-    them, set it back to 0 after that pass). With `shuffle_buffer` > 0, blocks leave a buffer of that many in an order drawn
-    from (seed, epoch). Worker w of n yields the blocks w, w + n, ... A pass of fewer than `min_blocks` raises UserError.
+    them, set it back to 0 after that pass). With `shuffle_buffer` > 0, blocks leave a buffer of that many in an order
+    drawn from (seed, epoch). Worker w of n yields the blocks w, w + n, ... A pass of fewer than `min_blocks` blocks
+    raises UserError.
     """
 
     def __init__(
@@ -153,7 +155,8 @@ class StreamingBlocks(IterableDataset):
                     return
                 end = offset + size
                 inside = [start - offset for start in starts if offset <= start < end]
-                yield np.array(ids[offset:end]), np.array(inside, np.int64), np.array(supervised[offset:end], np.bool_)
+                marks = np.array(supervised[offset:end], np.bool_)
+                yield np.array(ids[offset:end]), np.array(inside, np.int64), marks
                 count, offset = count + 1, end
             if offset:
                 ids, supervised = ids[offset:], supervised[offset:]
@@ -181,8 +184,9 @@ class StreamingBlocks(IterableDataset):
 def check_enough_blocks(blocks: int, world_size: int, tokens: int, block_size: int) -> None:
     """Raise UserError if a rank would be left without a block."""
     if blocks < world_size:
-        raise UserError(f"{tokens} training tokens make {blocks} blocks of --block_size {block_size}, but {world_size} ranks need "
-                        f"one each ({world_size * block_size} tokens); give more text, a smaller --block_size or fewer ranks")
+        raise UserError(f"{tokens} training tokens make {blocks} blocks of --block_size {block_size}, but {world_size} "
+                        f"ranks need one each ({world_size * block_size} tokens); give more text, a smaller --block_size "
+                        "or fewer ranks")
 
 
 def check_block_size(block_size: int, model_config: Any) -> None:
@@ -201,8 +205,8 @@ def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
     largest = max(tokenizer.get_vocab().values())
     vocab_size = model_config.get_text_config().vocab_size
     if largest >= vocab_size:
-        raise UserError(f"the tokenizer's largest token id is {largest} ({len(tokenizer)} tokens), but the model's vocabulary has "
-                        f"{vocab_size} entries; pass the tokenizer that belongs to the model (--tokenizer_name)")
+        raise UserError(f"the tokenizer's largest token id is {largest} ({len(tokenizer)} tokens), but the model's "
+                        f"vocabulary has {vocab_size} entries; pass the model's own tokenizer (--tokenizer_name)")
 
 
 def packing_problem(model: torch.nn.Module) -> str | None:
@@ -210,5 +214,6 @@ def packing_problem(model: torch.nn.Module) -> str | None:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{type(model).__name__} takes no position_ids: the documents of a block attend to each other"
     if model.config.get_text_config().use_cache:
-        return "model.config.use_cache is True: transformers ignores document borders when it keeps a cache; set it to False"
+        return ("model.config.use_cache is True: transformers ignores document borders when it keeps a cache; set it to "
+                "False")
     return None

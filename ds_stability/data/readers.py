@@ -63,7 +63,8 @@ def iter_json(path: str, spec: DataSpec) -> Iterator[Document | None]:
         where = f"{path} line {number}"
         row = _parse(line, where)
         if not isinstance(row, dict):
-            raise UserError(f"{where}: is {_kind(row)}; each line must be a JSON object such as {{{json.dumps(spec.text_field)}: \"...\"}}")
+            raise UserError(f"{where}: is {_kind(row)}; each line must be a JSON object such as "
+                            f"{json.dumps({spec.text_field: '...'})}")
         yield document_from_row(row, spec, where)
 
 
@@ -137,7 +138,7 @@ def synthetic_documents(spec: DataSpec, split: str) -> Iterator[Document]:
 
 
 def document_from_row(row: dict[str, Any], spec: DataSpec, where: str) -> Document | None:
-    """The document in one record; None if it is empty or null. The text field wins, unless only assistants are trained on."""
+    """The document in one record; None if it is empty or null. The text field wins but with assistant_only_loss."""
     if spec.text_field in row and not spec.assistant_only_loss:
         return _text_document(row[spec.text_field], spec.text_field, where)
     if spec.messages_field in row:
@@ -153,7 +154,8 @@ def _text_document(text: Any, field: str, where: str) -> Document | None:
     try:
         text.isascii() or text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: field {field!r} has half a surrogate pair at character {error.start}; mend the record") from error
+        raise UserError(f"{where}: field {field!r} has half a surrogate pair at character {error.start}; mend the "
+                        "record") from error
     return Document(text=text, where=where) if text.strip() else None
 
 
@@ -161,8 +163,8 @@ def _chat_document(messages: Any, field: str, where: str) -> Document | None:
     if messages is None or messages == []:
         return None
     if not isinstance(messages, list):
-        raise UserError(f"{where}: field {field!r} is {_kind(messages)}; a list of {{\"role\": ..., \"content\": ...}} is needed "
-                        "(name another with --messages_field)")
+        raise UserError(f"{where}: field {field!r} is {_kind(messages)}; a list of "
+                        "{\"role\": ..., \"content\": ...} is needed (name another with --messages_field)")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise UserError(f"{where}: message {number} of {field!r} is not an object with \"role\" and \"content\"")
@@ -172,8 +174,8 @@ def _chat_document(messages: Any, field: str, where: str) -> Document | None:
 def _no_field(where: str, spec: DataSpec, found: list[str]) -> str:
     names = ", ".join(map(repr, found[:_LONGEST_LIST])) + (", ..." if len(found) > _LONGEST_LIST else "")
     if spec.assistant_only_loss:
-        return (f"{where}: no field {spec.messages_field!r}, found {names or 'no field at all'}; --assistant_only_loss needs "
-                "chat messages (--messages_field)")
+        return (f"{where}: no field {spec.messages_field!r}, found {names or 'no field at all'}; --assistant_only_loss "
+                "needs chat messages (--messages_field)")
     return (f"{where}: no field {spec.text_field!r} or {spec.messages_field!r}, found {names or 'no field at all'}; set "
             "--text_field or --messages_field")
 

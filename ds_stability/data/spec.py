@@ -65,13 +65,13 @@ class DataSpec:
             for path in files:
                 check_file(path, flag)
                 if self.assistant_only_loss and file_kind(path) == "text":
-                    raise UserError(f"{flag} {path}: plain text has no assistant turns; drop --assistant_only_loss or give "
-                                    "chat messages as JSONL or Parquet")
+                    raise UserError(f"{flag} {path}: plain text has no assistant turns; drop --assistant_only_loss or "
+                                    "give chat messages as JSONL or Parquet")
 
     def _check_source(self) -> None:
         if self.train_files and self.dataset_name:
-            raise UserError(f"both --train_file ({self.train_files[0]}) and --dataset_name ({self.dataset_name}) are given; "
-                            "drop one of them")
+            raise UserError(f"both --train_file ({self.train_files[0]}) and --dataset_name ({self.dataset_name}) are "
+                            "given; drop one of them")
         if not self.train_files and not self.dataset_name:
             raise UserError("no training data is given; pass --train_file FILE or --dataset_name NAME (hub name, "
                             f"{', '.join(BUILTIN_CORPORA)})")
@@ -90,13 +90,13 @@ class DataSpec:
         if self.unwrap and self.text_document == "line":
             raise UserError("--unwrap joins lines and --text_document line splits at them; drop one of the two flags")
         if not 0 <= self.validation_split_percentage < 100:
-            raise UserError(f"--validation_split_percentage {self.validation_split_percentage}: allowed is 0 (no held-out "
-                            "data) up to, but not including, 100")
+            raise UserError(f"--validation_split_percentage {self.validation_split_percentage}: allowed is 0 (no "
+                            "held-out data) up to, but not including, 100")
         for name, value in (("max_train_samples", self.max_train_samples), ("max_eval_samples", self.max_eval_samples)):
             if value is not None and value < 1:
-                raise UserError(f"--{name} {value}: allowed is a number of blocks from 1; leave the flag out for all of them")
+                raise UserError(f"--{name} {value}: allowed is a number of blocks from 1; leave the flag out for all")
         if self.shuffle_buffer < 0:
-            raise UserError(f"--shuffle_buffer {self.shuffle_buffer}: allowed is a number of blocks from 0 (no shuffling)")
+            raise UserError(f"--shuffle_buffer {self.shuffle_buffer}: allowed is a number of blocks from 0 (none)")
         if self.synthetic_tokens < 1:
             raise UserError(f"--synthetic_tokens {self.synthetic_tokens}: allowed is a number of tokens from 1")
 

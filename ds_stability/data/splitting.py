@@ -17,8 +17,9 @@ _CUT_WINDOW = 5000
 def document_key(document: Document, seed: int = 0) -> int:
     """A uniform 64-bit number from the content of a document and `seed`. Equal documents fall on the same side."""
     content = document.text if document.text is not None else json.dumps(document.messages, sort_keys=True)
-    key = (seed % 2**64).to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest(), "little")
+    salt = (seed % 2**64).to_bytes(8, "little")
+    digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8, key=salt).digest()
+    return int.from_bytes(digest, "little")
 
 
 def is_held_out(document: Document, fraction: float, seed: int = 0) -> bool:
@@ -26,7 +27,9 @@ def is_held_out(document: Document, fraction: float, seed: int = 0) -> bool:
     return document_key(document, seed) < fraction * 2**64
 
 
-def split_stream(documents: Iterable[Document], fraction: float, seed: int = 0) -> tuple[str, Iterator[tuple[Document, bool]]]:
+def split_stream(
+    documents: Iterable[Document], fraction: float, seed: int = 0
+) -> tuple[str, Iterator[tuple[Document, bool]]]:
     """How `documents` are split, and the stream of (document, held out?) in reading order.
 
     "documents": whole documents by key; of a small corpus exactly round(fraction * n), at least one.
@@ -41,7 +44,8 @@ def split_stream(documents: Iterable[Document], fraction: float, seed: int = 0) 
     if len(head) == few:
         return "documents", ((document, is_held_out(document, fraction, seed)) for document in chain(head, documents))
     characters = sum(len(document.text or "") for document in head)
-    if all(document.text is not None for document in head) and characters * fraction >= MIN_TAIL_CHARACTERS * len(head) > 0:
+    long = characters * fraction >= MIN_TAIL_CHARACTERS * len(head) > 0
+    if long and all(document.text is not None for document in head):
         return "tails", chain.from_iterable(_cut_tail(document, fraction) for document in head)
     return "documents", iter(_smallest_keys(head, fraction, seed))
 
@@ -68,7 +72,9 @@ def _smallest_keys(documents: list[Document], fraction: float, seed: int) -> lis
     return [(document, index in chosen) for index, document in enumerate(documents)]
 
 
-def split_documents(documents: Iterable[Document], fraction: float, seed: int = 0) -> tuple[list[Document], list[Document]]:
+def split_documents(
+    documents: Iterable[Document], fraction: float, seed: int = 0
+) -> tuple[list[Document], list[Document]]:
     """(training, held-out) documents, each in reading order; see `split_stream`."""
     train, held_out = [], []
     for document, is_eval in split_stream(documents, fraction, seed)[1]:

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from .synthetic_grammar import END_GROUP, GRAMMAR_VERSION, START, GrammarSize, Symbol, expand, make_words, verb_orders, zipf
+from .synthetic_grammar import (
+    END_GROUP, GRAMMAR_VERSION, START, GrammarSize, Symbol, expand, make_words, verb_orders, zipf,
+)
 from .tokenizer import SPECIAL_TOKENS, UNKNOWN, word_tokenizer
 
 BOS_ID, EOS_ID, PAD_ID, UNKNOWN_ID = 0, 1, 2, 3
@@ -169,7 +171,7 @@ class SyntheticLanguage:
         return self.visits / self.mean_length
 
     def entropy_rate(self) -> float:
-        """Nats per token (EOS counted, BOS not) in an endless stream of sentences: the best cross-entropy of any model."""
+        """Nats per token (EOS counted, BOS not) of an endless stream of sentences: no model's cross-entropy is lower."""
         return float(self.stationary() @ self.state_entropies)
 
     def _distribution(self, state: int) -> np.ndarray:
@@ -230,7 +232,7 @@ class SyntheticLanguage:
         return states is not None and (not complete or not self._arcs[states[-1]])
 
     def token_logprobs(self, ids: Sequence[int]) -> np.ndarray:
-        """log P of each token given those before it, float64 [tokens without BOS]; -inf from the first impossible one on."""
+        """log P of each token given those before it, float64 [tokens without BOS]; -inf from an impossible one on."""
         words = self._words(ids)
         logprobs = np.full(len(words), -np.inf)
         state = 0
@@ -278,7 +280,7 @@ class SyntheticLanguage:
         return states, {key: list(accumulate(law.tolist())) for key, law in self._emissions.items()}
 
     def modes(self, k: int) -> list[tuple[list[int], float]]:
-        """The `k` most probable sentences with their log-probabilities, most probable first, by exact best-first search."""
+        """The `k` most probable sentences and their log-probabilities, best first, by an exact best-first search."""
         best, options = self._best_completions
         heap: list[tuple[float, list[int], int, int, float]] = [(-best[0], [], 0, 0, 0.0)]
         found: list[tuple[list[int], float]] = []
@@ -295,7 +297,7 @@ class SyntheticLanguage:
 
     @cached_property
     def _best_completions(self) -> tuple[np.ndarray, list[list[tuple[float, float, int, int]]]]:
-        """Per state: log-probability of the best completion, and (bound, logprob, id, target) of every word, best first."""
+        """Per state: log P of the best completion, and (bound, logprob, id, target) of every word, best first."""
         best = np.full(len(self._arcs), np.nan)
         options: list[list[tuple[float, float, int, int]]] = [[] for _ in self._arcs]
         pending = [0]
@@ -318,7 +320,7 @@ class SyntheticLanguage:
         return best, options
 
     def agreement_sites(self, ids: Sequence[int]) -> list[AgreementSite]:
-        """Every verb and reflexive of a grammatical beginning or sentence, with the noun's distance. ValueError otherwise."""
+        """Every verb and reflexive of a sentence, or of a beginning of one, in order. ValueError for anything else."""
         states = self._states(ids)
         if states is None:
             raise ValueError(f"not the beginning of a sentence: {self.text(ids)!r}")
@@ -335,17 +337,22 @@ class SyntheticLanguage:
     def _site(self, words: list[int], position: int, head: int, state: int, group: tuple) -> AgreementSite:
         number = group[1]
         kinds = ("reflexive",) if group[0] == "reflexive" else ("transitive", "intransitive")
-        correct = tuple(index for kind in kinds if (kind, number) in self._arcs[state] for index in self._groups[kind, number])
+        groups = [(kind, number) for kind in kinds if (kind, number) in self._arcs[state]]
+        correct = tuple(index for each in groups for index in self._groups[each])
+        wrong = tuple(self.counterpart[index] for index in correct)
         between = [self._group_of[index] for index in words[head + 1 : position]]
         attractors = sum(other[0] == "noun" and other[1] != number for other in between)
-        return AgreementSite(position, position - head, attractors, correct, tuple(self.counterpart[index] for index in correct))
+        return AgreementSite(position, position - head, attractors, correct, wrong)
 
     @cached_property
     def counterpart(self) -> dict[int, int]:
         """The other number's form of every noun, verb and reflexive."""
         other = {"sg": "pl", "pl": "sg"}
-        return {index: partner for group, members in self._groups.items() if group[0] in ("noun", "transitive", "intransitive", "reflexive")
-                for index, partner in zip(members, self._groups[(group[0], other[group[1]], *group[2:])])}
+        pairs = {}
+        for group, members in self._groups.items():
+            if group[0] in ("noun", "transitive", "intransitive", "reflexive"):
+                pairs |= zip(members, self._groups[(group[0], other[group[1]], *group[2:])])
+        return pairs
 
     # Text
 

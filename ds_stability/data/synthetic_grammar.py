@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 
 Symbol = tuple
-Rule = tuple[float, tuple | None, tuple[Symbol, ...]]  # (probability, (group, noun class or None) or None, symbols pushed)
+Rule = tuple[float, tuple | None, tuple[Symbol, ...]]  # probability, (group, noun class or None) or None, symbols pushed
 
 GRAMMAR_VERSION = 1
 START: Symbol = ("SENTENCE",)
@@ -21,14 +21,16 @@ _CLOSED = {
     ("determiner", "pl"): ("some", "these", "many"), ("that",): ("that",), ("and",): ("and",),
     ("reflexive", "sg"): ("itself",), ("reflexive", "pl"): ("themselves",),
 }
-_PREPOSITIONS = ("of", "near", "with", "under", "behind", "beside", "above", "without", "beyond", "against", "inside", "across")
+_PREPOSITIONS = ("of", "near", "with", "under", "behind", "beside", "above", "without", "beyond", "against", "inside",
+                 "across")
 
 
 @dataclass(frozen=True)
 class GrammarSize:
     """Number of stems per kind (nouns: per class; verbs: transitive and intransitive each), and the shape of the law.
 
-    max_depth bounds the nesting of modifiers, max_adjectives those of a noun, max_conjuncts the verbs after "and"; word probabilities fall as rank ** -zipf_exponent within their group.
+    max_depth bounds the nesting of modifiers, max_adjectives those of a noun, max_conjuncts the verbs after "and"; word
+    probabilities fall as rank ** -zipf_exponent within their group.
     """
 
     nouns: int = 60
@@ -46,7 +48,8 @@ class GrammarSize:
         counts = (self.nouns, self.classes, self.verbs, self.adjectives, self.adverbs, self.prepositions)
         bounds = (self.max_depth, self.max_adjectives, self.max_conjuncts)
         if min(counts) < 1 or min(bounds) < 0 or self.prepositions > len(_PREPOSITIONS):
-            raise ValueError(f"{self}: counts must be at least 1 (prepositions at most {len(_PREPOSITIONS)}), bounds at least 0")
+            raise ValueError(f"{self}: counts must be at least 1 (prepositions at most {len(_PREPOSITIONS)}), bounds at "
+                             "least 0")
 
 
 def expand(symbol: Symbol, size: GrammarSize) -> list[Rule]:
@@ -62,7 +65,8 @@ def _sentence(size: GrammarSize) -> list[Rule]:
 
 def _noun_phrase(size: GrammarSize, role: str, depth: int) -> list[Rule]:
     shares = {"any": 0.6, "sg": 0.24, "pl": 0.16}
-    return [(share, (("determiner", number), None), (("NOUN", role, depth, number, 0),)) for number, share in shares.items()]
+    return [(share, (("determiner", number), None), (("NOUN", role, depth, number, 0),))
+            for number, share in shares.items()]
 
 
 def _noun(size: GrammarSize, role: str, depth: int, determiner: str, adjectives: int) -> list[Rule]:
@@ -103,7 +107,8 @@ def _verb_phrase(size: GrammarSize, number: str, noun_class: int, conjuncts: int
 
 
 def _object(size: GrammarSize, number: str) -> list[Rule]:
-    return [(0.15, (("reflexive", number), None), ()), (0.85, None, (("NOUN_PHRASE", "object", max(0, size.max_depth - 1)),))]
+    return [(0.15, (("reflexive", number), None), ()),
+            (0.85, None, (("NOUN_PHRASE", "object", max(0, size.max_depth - 1)),))]
 
 
 def _tail(size: GrammarSize, number: str, noun_class: int, conjuncts: int) -> list[Rule]:

@@ -35,13 +35,14 @@ def iter_lines(path: str) -> Iterator[tuple[int, str]]:
 def _decode(raw: bytes, path: str, offset: int) -> str:
     position = raw.find(b"\0")
     if position >= 0:
-        raise UserError(f"{path}: NUL byte at byte {offset + position}; a UTF-8 text file is needed (is it binary or UTF-16?)")
+        raise UserError(f"{path}: NUL byte at byte {offset + position}; a UTF-8 text file is needed (is it binary or "
+                        "UTF-16?)")
     try:
         line = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = raw[error.start]
-        raise UserError(f"{path}: byte {offset + error.start} (0x{byte:02x}) is not UTF-8; convert the file, for example: "
-                        "iconv -f LATIN1 -t UTF-8") from error
+        raise UserError(f"{path}: byte {offset + error.start} (0x{byte:02x}) is not UTF-8; convert the file, for "
+                        "example: iconv -f LATIN1 -t UTF-8") from error
     return line[:-2] + "\n" if line.endswith("\r\n") else line
 
 

@@ -21,8 +21,8 @@ def train_bpe(documents: Iterable[Any], vocab_size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < MIN_BPE_VOCABULARY:
-        raise UserError(f"tokenizer vocabulary of {vocab_size}: allowed is a size from {MIN_BPE_VOCABULARY} (256 bytes and "
-                        f"{len(SPECIAL_TOKENS)} special tokens); raise --vocab_size")
+        raise UserError(f"tokenizer vocabulary of {vocab_size}: allowed is a size from {MIN_BPE_VOCABULARY} (256 bytes "
+                        f"and {len(SPECIAL_TOKENS)} special tokens); raise --vocab_size")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -51,7 +51,8 @@ def _wrap(backend: Any, **special: str) -> Any:
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, backend.token_to_id(BOS))])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False, **special)
+        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False,
+        **special)
 
 
 def _texts(document: Any) -> list[str]:
@@ -70,7 +71,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
         content.pop("padding", None)
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def special_token_ids(tokenizer: Any) -> list[int]:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import UserError
 from .chat import encode_chat
 from .spec import Document
 
-PIECE_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 16
 BATCH_CHARACTERS = 1 << 20
 
 
@@ -24,11 +24,13 @@ BATCH_CHARACTERS = 1 << 20
 class Encoded:
     """Token ids of one document, its end-of-document token included; `supervised` is None where all of them are."""
 
-    ids: list[int]
-    supervised: list[bool] | None = None
+    ids: Sequence[int]
+    supervised: Sequence[bool] | None = None
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Any, assistant_only_loss: bool = False) -> Iterator[Encoded]:
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Any, assistant_only_loss: bool = False
+) -> Iterator[Encoded]:
     """Tokenize in order, many at a time.
 
     A text gets the tokenizer's BOS in front if the tokenizer writes one by itself, and EOS at the end unless it is there.
@@ -36,22 +38,37 @@ def encode_documents(documents: Iterable[Document], tokenizer: Any, assistant_on
     stands as the template wrote it. UserError if the tokenizer has no EOS.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token, which must stand between documents; set eos_token in "
-                        "its tokenizer_config.json or choose another (--tokenizer_name)")
+        raise UserError("the tokenizer has no end-of-sequence token, which must stand between documents; set eos_token "
+                        "in its tokenizer_config.json or choose another (--tokenizer_name)")
     prefix = leading_ids(tokenizer)
     for batch in _batches(documents):
         if batch[0].messages is not None:
             yield Encoded(*encode_chat(batch[0], tokenizer, assistant_only_loss))
             continue
         pieces = [list(split_pieces(document.text)) for document in batch]
-        flat = [piece for document in pieces for piece in document]
-        rows = iter(tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+        rows = _encode_pieces([piece for document in pieces for piece in document], tokenizer)
         for document in pieces:
-            ids = [token for _ in document for token in next(rows)]
+            ids = array("i", (token for _ in document for token in next(rows)))
             if not ids:
                 continue
-            ids = ids if ids[: len(prefix)] == prefix else prefix + ids
-            yield Encoded(ids if ids[-1] == tokenizer.eos_token_id else ids + [tokenizer.eos_token_id])
+            if ids[: len(prefix)].tolist() != prefix:
+                ids = array("i", prefix) + ids
+            if ids[-1] != tokenizer.eos_token_id:
+                ids.append(tokenizer.eos_token_id)
+            yield Encoded(ids)
+
+
+def _encode_pieces(pieces: list[str], tokenizer: Any) -> Iterator[list[int]]:
+    """The ids of each piece; some pieces at a time, so that a huge document needs no huge encoding."""
+    first = 0
+    while first < len(pieces):
+        last, size = first, 0
+        while last < len(pieces) and size < BATCH_CHARACTERS:
+            size += len(pieces[last])
+            last += 1
+        group = pieces[first:last]
+        yield from tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        first = last
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
@@ -79,7 +96,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def split_pieces(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a long text before whitespace into pieces of at most `limit` characters: tokenizers need ~100 bytes a token."""
+    """Cut a long text before whitespace into pieces of at most `limit` characters.
+
+    Pieces are encoded in parallel, in bounded memory. A cut changes a token at most where a tokenizer merges across
+    the whitespace.
+    """
     start = 0
     while len(text) - start > limit:
         cut = max(text.rfind("\n", start + 1, start + limit), text.rfind(" ", start + 1, start + limit))

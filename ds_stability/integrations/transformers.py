@@ -1,25 +1,35 @@
 """transformers and TRL trainers: `enable()` before the trainer is built, and nothing else.
 
-`enable` replaces the attribute `deepspeed.initialize`, which Accelerate looks up when it builds the engine, and adds a
-callback to transformers' defaults that writes metrics.jsonl and TensorBoard into `output_dir`. TRL's SFTTrainer computes
-its loss from a fused head without the model's loss function (trl/trainer/sft_trainer.py, `compute_loss`); above level 0 it
-is sent through transformers' `Trainer.compute_loss`, which is the same objective. `disable` undoes all of it.
+`enable` replaces the attribute `deepspeed.initialize`, which Accelerate and TRL look up when they build an engine, and
+adds a callback to transformers' defaults that writes metrics.jsonl and TensorBoard into `output_dir`. `disable` undoes
+all of it. Engines without an optimizer (a reference model, an evaluation before training) stay as DeepSpeed made them.
+
+TRL's SFTTrainer computes its loss from a fused head that never builds logits (trl/trainer/sft_trainer.py, 1.16,
+`compute_loss`). At level 0 it is left alone, and token statistics are null. Above level 0 (or with `loss_path` "chunked")
+its training loss goes through transformers' `Trainer.compute_loss`: the same sum over token losses with the same divisor;
+TRL's own training figures (mean_token_accuracy, num_tokens) are then not computed.
 """
 
+import functools
 import logging
 import sys
+from collections.abc import Callable
 
 import deepspeed
 import transformers
 from transformers import TrainerCallback
 
 from ds_stability import engine as stability_engine
+from ds_stability.config import split_config
+from ds_stability.console import agree
+from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import StabilityConfigError
 from ds_stability.recorder import Recorder
 from ds_stability.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
-_undo: list = []
+_undo: list[Callable[[], None]] = []
+_rerouted: set[type] = set()  # trainer classes whose compute_loss is ours
 
 
 def enable() -> None:
@@ -44,41 +54,67 @@ def disable() -> None:
 
 
 def _initialize(*args, **kwargs):
-    _send_sft_through_the_model()  # by now a TRL script has imported its trainer
-    return stability_engine.initialize(*args, **kwargs)
+    _reroute_sft()  # by now a TRL script has imported its trainer
+    return stability_engine.initialize_for_trainer(*args, **kwargs)
 
 
-def _send_sft_through_the_model() -> None:
+def _reroute_sft() -> None:
     """Let trl.SFTTrainer use the model's own loss where a level above 0 has to act on it."""
     module = sys.modules.get("trl.trainer.sft_trainer")
-    if module is None or isinstance(module.SFTTrainer.__dict__["compute_loss"], _ModelLoss):
+    if module is None or module.SFTTrainer in _rerouted:
         return
-    original = module.SFTTrainer.compute_loss
-    module.SFTTrainer.compute_loss = _ModelLoss(original)
-    _undo.append(lambda: setattr(module.SFTTrainer, "compute_loss", original))
+    trainer_class, original = module.SFTTrainer, module.SFTTrainer.compute_loss
+    trainer_class.compute_loss = _through_the_model(original)
+    _rerouted.add(trainer_class)
+
+    def undo() -> None:
+        trainer_class.compute_loss = original
+        _rerouted.discard(trainer_class)
+
+    _undo.append(undo)
 
 
-class _ModelLoss:
-    """Replacement of `SFTTrainer.compute_loss`: transformers' own while a chunked stability loss is training."""
+def _through_the_model(original: Callable) -> Callable:
+    """`SFTTrainer.compute_loss` that is transformers' own while a chunked stability loss trains, else TRL's."""
 
-    def __init__(self, original):
-        self.original = original
-
-    def __get__(self, trainer, kind=None):
-        return self if trainer is None else lambda *args, **kwargs: self.compute(trainer, *args, **kwargs)
-
-    def compute(self, trainer, model, inputs, return_outputs=False, num_items_in_batch=None):
-        engine = stability_engine.engine_of(trainer.model)
+    @functools.wraps(original)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        engine = stability_engine.engine_of(self.model)
         controlled = engine is not None and engine.stability.loss is not None and engine.stability.loss.chunked
-        if not controlled or not trainer.model.training:
-            return self.original(trainer, model, inputs, return_outputs, num_items_in_batch)
-        if trainer.args.loss_type != "nll" or trainer.compute_loss_func is not None:
+        if not controlled or not self.model.training:
+            return original(self, model, inputs, return_outputs, num_items_in_batch)
+        if self.args.loss_type != "nll":
             raise StabilityConfigError(
-                f"SFTConfig.loss_type is {trainer.args.loss_type!r}, whose loss does not pass through the model; "
-                "use 'nll' without compute_loss_func, or set stability.level to 0"
+                f"SFTConfig.loss_type is {self.args.loss_type!r}, a loss of its own, which no stability level above 0 can act "
+                "on; use 'nll', or set stability.level to 0"
+            )
+        if self.aux_loss_enabled:  # the model would add it with another weight than TRL does
+            raise StabilityConfigError(
+                "SFTTrainer adds its router loss beside the model's loss, which does not work with a stability level above 0; "
+                "set SFTConfig.router_aux_loss_coef to 0.0, or use transformers.Trainer"
             )
         inputs["use_cache"] = False
-        return transformers.Trainer.compute_loss(trainer, model, inputs, return_outputs, num_items_in_batch)
+        return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    return compute_loss
+
+
+def _check_loss(args: transformers.TrainingArguments) -> None:
+    """Refuse flags that take the loss away from the model; only where the chunked loss is to train.
+
+    Raises:
+        StabilityConfigError: on every rank.
+    """
+    fused = (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True)
+    for flag, given, instead in (
+        ("label_smoothing_factor", args.label_smoothing_factor, "the regularization family has kind 'label_smoothing'"),
+        ("use_liger_kernel", args.use_liger_kernel and fused, "--liger_kernel_config '{\"fused_linear_cross_entropy\": false}'"),
+    ):
+        if given:
+            raise StabilityConfigError(
+                f"--{flag} {given} takes the loss away from the model, where a stability level above 0 acts; leave it out "
+                f"({instead}), or set stability.level to 0"
+            )
 
 
 class StabilityCallback(TrainerCallback):
@@ -86,33 +122,41 @@ class StabilityCallback(TrainerCallback):
 
     def __init__(self):
         self.engine = None
+        self.training = False
+
+    @property
+    def recorder(self) -> Recorder | None:
+        return self.engine.stability.recorder if self.engine is not None else None
+
+    def on_init_end(self, args, state, control, **kwargs):
+        """What is wrong in the block or the flags is said before anything is loaded or patched."""
+        if args.deepspeed:
+            config = split_config(load_ds_config(args.deepspeed))[1]
+            if config.resolved_loss_path == "chunked":
+                _check_loss(args)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.engine = engine = stability_engine.engine_of(model)
         if engine is None:
             logger.warning("ds_stability is enabled, but this Trainer runs without DeepSpeed: nothing is controlled")
             return
-        self._check_loss(args, engine.stability)
-        if state.is_world_process_zero:
-            resumed = state.global_step if state.global_step > 0 else None
-            recorder = Recorder(RunDir(args.output_dir).create(), tensorboard=True, resume_step=resumed)
+        self.training = True
+        if engine.stability.loss is not None and engine.stability.loss.chunked:
+            _check_loss(args)  # again: DeepSpeed may be configured through Accelerate, not through the arguments
+        resumed = state.global_step if state.global_step > 0 else None
+        recorder = agree(lambda: _open_recorder(args.output_dir, resumed) if state.is_world_process_zero else None)
+        if recorder is not None:
             engine.stability.recorder = recorder
             engine.stability.listeners.append(recorder.record)
 
-    @staticmethod
-    def _check_loss(args, stability) -> None:
-        if stability.loss is None or not stability.loss.chunked:
-            return
-        for flag, given in (("label_smoothing_factor", args.label_smoothing_factor), ("use_liger_kernel", args.use_liger_kernel)):
-            if given:
-                raise StabilityConfigError(
-                    f"--{flag} {given} takes the loss away from the model, and a stability level above 0 acts there; leave "
-                    "it out, or set stability.level to 0 (smoothing: the regularization family has kind 'label_smoothing')"
+    def on_step_end(self, args, state, control, **kwargs):
+        stability = self.engine.stability if self.engine is not None else None
+        if stability is not None and stability.applied_steps == 1 and not stability.metrics["stability/tokens"]:
+            if state.is_world_process_zero:
+                logger.warning(
+                    "this trainer's loss does not pass through the model's loss function: token statistics are null"
+                    " (for SFTTrainer, \"loss_path\": \"chunked\" in the stability block gives them)"
                 )
-
-    @property
-    def recorder(self) -> Recorder | None:
-        return self.engine.stability.recorder if self.engine is not None else None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show in the progress log that the level is reached."""
@@ -128,14 +172,32 @@ class StabilityCallback(TrainerCallback):
             return
         values = self.engine.stability.evaluation_metrics()  # on every rank: a collective
         if values["eval/tokens"] and self.recorder is not None:
+            name = _evaluation_name(metrics)
+            values = {key.replace("eval/", f"eval/{name}/", 1) if name else key: value for key, value in values.items()}
             self.recorder.record(state.global_step, values)
-            if not state.global_step < state.max_steps:  # after training nothing else closes the line
+            if not self.training:  # after training nothing else closes the line
                 self.recorder.flush()
+
+    def on_predict(self, args, state, control, metrics=None, **kwargs):
+        if self.engine is not None and self.engine.stability.loss is not None:
+            self.engine.stability.loss.evaluation.reset()  # or the next evaluation would count these passes too
 
     def on_save(self, args, state, control, **kwargs):
         if self.recorder is not None:
             self.recorder.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
         if self.recorder is not None:
             self.recorder.flush()
+
+
+def _open_recorder(output_dir: str, resume_step: int | None) -> Recorder:
+    return Recorder(RunDir(output_dir).create(), tensorboard=True, resume_step=resume_step)
+
+
+def _evaluation_name(metrics: dict) -> str:
+    """Which data set an evaluation was of: "" for Trainer's only one, else its name (prefix eval_NAME, or one of its own)."""
+    suffix = "_samples_per_second"
+    prefix = next((key.removesuffix(suffix) for key in metrics if key.endswith(suffix)), "eval")
+    return prefix.removeprefix("eval").removeprefix("_")

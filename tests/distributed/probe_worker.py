@@ -142,7 +142,7 @@ def snapshot(engine):
         state["coordinator"] = [private[name] for name in ("step_id", "trace_mode", "n_available_params")]
         state["trace"] = [m.ds_id for m in private["submodule_order"]]
         for name in ("param_order", "param_queue"):
-            state[name] = [(entry.param.ds_id, entry.step_id_last_used_at) for entry in private[name]]
+            state[name] = [(entry.param.ds_id, entry.step_id_last_used_at) for entry in private[name] or []]
         state["inflight"] = len(module.ds_inflight_param_registry)
     return state
 

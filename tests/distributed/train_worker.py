@@ -1,6 +1,6 @@
 """Runs a list of short trainings under the real `deepspeed` launcher and saves what the tests compare.
 
-Usage: deepspeed --num_gpus N train_worker.py SPEC.json OUT_DIR. SPEC is {"runs": [RUN, ...]}; see `DEFAULTS` for a RUN.
+Usage: deepspeed --num_gpus N train_worker.py SPEC.json OUT_DIR. SPEC is {"runs": [RUN, ...]}; see train_data.py, `DEFAULTS`, for a RUN.
 Rank 0 writes OUT_DIR/NAME.pt (weights, losses, metrics, state, collectives) and, last, OUT_DIR/DONE.
 """
 
@@ -12,45 +12,11 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed import comm as dist
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import ds_stability
+sys.path.insert(0, str(Path(__file__).parent))
+from train_data import DEFAULTS, build_model, micro_batches, num_items  # noqa: E402
 
-DEFAULTS = {
-    "engine": "ours",  # or "plain": deepspeed.initialize, without the stability block
-    "arch": "llama",
-    "ds": {},  # merged over `base_config`
-    "stability": {},
-    "steps": 4,
-    "gas": 2,
-    "micro": 2,
-    "seq": 16,
-    "vocab": 97,  # not divisible by 2: partitions are padded
-    "optimizer": "adamw",
-    "lr": 1e-2,
-    "clip": 1.0,
-    "checkpointing": None,  # "reentrant" or "plain"
-    "freeze": None,  # substring of parameter names to freeze
-    "evaluate": False,  # an evaluation pass between the steps
-    "poison": None,  # {"step": s, "rank": r, "value": "nan"}: rank r's embedding output becomes NaN in step s
-    "masked": None,  # {"step": s, "micro": m, "rank": r}: every label of that micro-batch is -100
-    "high_frequency": None,
-    "save_at": None,
-    "load": None,
-    "num_items": False,  # pass num_items_in_batch, and scale the loss by world size, as Trainer does
-    "data_world": None,  # split the same global batch as if there were this many (rank, micro) slots
-}
-
-
-def build_model(run):
-    torch.manual_seed(0)
-    if run["arch"] == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=run["vocab"], n_positions=64, n_embd=32, n_layer=2, n_head=2,
-                                          resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(vocab_size=run["vocab"], hidden_size=32, intermediate_size=56,
-                                        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                                        max_position_embeddings=64))  # fmt: skip
-
+import ds_stability  # noqa: E402
 
 def base_config(run, world):
     config = {
@@ -59,6 +25,7 @@ def base_config(run, world):
         "train_batch_size": run["micro"] * run["gas"] * world,
         "gradient_clipping": run["clip"],
         "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 3, "reduce_bucket_size": 3000, "stage3_param_persistence_threshold": 0},
     }
     optimizer = {"adamw": {"type": "AdamW", "params": {"lr": run["lr"], "weight_decay": 0.01, "torch_adam": True}},
@@ -68,34 +35,6 @@ def base_config(run, world):
     for key, value in run["ds"].items():
         config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     return config
-
-
-def global_batches(run, step, rows):
-    """Token ids [rows, seq] of a global batch; Zipf-like so that surprisal is skewed as in text."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    weights = 1.0 / torch.arange(1, run["vocab"] + 1).float()
-    return torch.multinomial(weights, rows * run["seq"], replacement=True, generator=generator).view(rows, run["seq"])
-
-
-def micro_batches(run, step, rank, world):
-    rows = run["micro"] * run["gas"] * world
-    tokens = global_batches(run, step, rows)
-    for index in range(run["gas"]):
-        start = (index * world + rank) * run["micro"]
-        ids = tokens[start : start + run["micro"]]
-        labels = ids.clone()
-        labels[:, : 3 + (start % 5)] = -100  # uneven numbers of supervised tokens
-        masked = run["masked"]
-        if masked and masked["step"] == step and masked["micro"] == index and masked["rank"] in (rank, "all"):
-            labels[:] = -100
-        yield ids, labels
-
-
-def num_items(run, step, world):
-    total = 0
-    for rank in range(world):
-        total += sum(int((labels[:, 1:] != -100).sum()) for _, labels in micro_batches(run, step, rank, world))
-    return total
 
 
 def gathered_weights(engine):
@@ -118,9 +57,8 @@ def make_engine(run, world):
     trainable = [p for p in model.parameters() if p.requires_grad]
     if run["engine"] == "plain":
         return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
-    engine = ds_stability.initialize(
-        model=model, model_parameters=trainable, config={**config, "stability": run["stability"]}
-    )[0]
+    block = run["other_block"] if run["other_block"] and dist.get_rank() == 1 else run["stability"]
+    engine = ds_stability.initialize(model=model, model_parameters=trainable, config={**config, "stability": block})[0]
     assert isinstance(engine, deepspeed.DeepSpeedEngine)
     if run["high_frequency"]:
         engine.stability.set_high_frequency(run["high_frequency"], run["vocab"])
@@ -129,7 +67,7 @@ def make_engine(run, world):
 
 def poison_hook(engine, run, step, rank):
     poison = run["poison"]
-    if not poison or poison["step"] != step or poison["rank"] not in (rank, "all"):
+    if not poison or poison["step"] not in (step, "all") or poison["rank"] not in (rank, "all"):
         return None
     value = float(poison["value"])
     return engine.module.get_input_embeddings().register_forward_hook(lambda module, args, out: out * value)
@@ -146,7 +84,7 @@ def train_step(engine, run, step, rank, world):
         else:
             engine.backward(loss)
         engine.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     if hook is not None:
         hook.remove()
     return losses
@@ -188,7 +126,7 @@ def execute(run, out, rank, world):
     if run["engine"] == "ours":
         result["state"] = engine.stability.state_dict()
         states = [None] * world
-        dist.all_gather_object(states, result["state"]["stabilizers"])
+        torch.distributed.all_gather_object(states, result["state"]["stabilizers"])
         result["states"] = states
     if rank == 0:
         torch.save(result, out / f"{run['name']}.pt")

@@ -53,7 +53,7 @@ def made():
     tokenizer = word_tokenizer(["a", "b", "c", "d"])
     texts = ["a a a b", "b a c d a a a"]
     blocks = PackedBlocks(build_store([Document(text=text) for text in texts], tokenizer), 5, 2, drop_remainder=False)
-    return tokenizer, blocks, make_high_frequency_set(blocks, tokenizer, vocab_size=16, coverage=0.7, corpus_fingerprint="f")
+    return tokenizer, blocks, make_high_frequency_set(blocks, tokenizer, 16, coverage=0.8, corpus_fingerprint="f")
 
 
 def test_from_blocks(made):
@@ -78,7 +78,7 @@ def test_file_round_trip_and_checks(made, tmp_path):
         HighFrequencySet.load(path, vocab_size=4)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"token_ids": []}', '{"token_ids": ["a"], "coverage": 0.5}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"token_ids": []}', '{"token_ids": ["a"], "tokens": 5}', "\x00"])
 def test_wrong_files(tmp_path, content):
     path = tmp_path / "h.json"
     path.write_text(content)

@@ -14,6 +14,12 @@ from ds_stability.data.tokens import Encoded, TokenStore, TokenStoreBuilder, bui
 
 PAD = 2
 WORDS = [f"w{number}" for number in range(40)]
+BASE = dict(vocab_size=50, bos_token_id=0, eos_token_id=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer(WORDS)
 
 
 def make_store(documents, marks=None):
@@ -60,9 +66,9 @@ def test_supervised_tokens_are_the_same_with_and_without_the_shift(corpus):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(WORDS), max_size=12), min_size=1, max_size=15), st.integers(2, 9), st.integers(0, 4))
-def test_stream_equals_store(texts, size, skip):
-    tokenizer = word_tokenizer(WORDS)
+@given(texts=st.lists(st.lists(st.sampled_from(WORDS), max_size=12), min_size=1, max_size=15), size=st.integers(2, 9),
+       skip=st.integers(0, 4))
+def test_stream_equals_store(tokenizer, texts, size, skip):
     documents = [Document(text=" ".join(words)) for words in texts]
     stored = PackedBlocks(build_store(documents, tokenizer), size, PAD)
     stream = StreamingBlocks(lambda: documents, tokenizer, size, PAD, min_blocks=0, skip_blocks=skip)
@@ -97,10 +103,9 @@ def test_loader_workers_share_the_stream():
     assert len(whole) == 9 and shared == whole
 
 
-def test_text_gets_bos_and_eos_once():
-    tokenizer = word_tokenizer(WORDS)
+def test_text_gets_bos_and_eos_once(tokenizer):
     texts = ["w0 w1", "<|bos|> w0 <|eos|>", "w1 <|eos|> w2"]
-    encoded = [item.ids for item in encode_documents([Document(text=text) for text in texts], tokenizer)]
+    encoded = [list(item.ids) for item in encode_documents([Document(text=text) for text in texts], tokenizer)]
     assert encoded == [[0, 4, 5, 1], [0, 4, 1], [0, 5, 1, 6, 1]]
 
 
@@ -132,9 +137,11 @@ def test_pad_to_multiple():
 def tiny_model(kind, attention):
     import transformers
 
-    sizes = dict(vocab_size=50, bos_token_id=0, eos_token_id=1)
-    config = (transformers.LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, **sizes)
-              if kind == "llama" else transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **sizes))
+    config = {
+        "llama": lambda: transformers.LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                                  num_attention_heads=2, **BASE),
+        "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **BASE),
+    }[kind]()
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
@@ -171,8 +178,8 @@ def test_padding_yields_finite_logits_and_no_loss():
 def test_load_blocks_of_the_synthetic_language(streaming):
     from ds_stability.data.synthetic import SyntheticLanguage
 
-    spec = DataSpec(dataset_name="builtin:synthetic", synthetic_tokens=3000, validation_split_percentage=10, max_eval_samples=4,
-                    streaming=streaming)
+    spec = DataSpec(dataset_name="builtin:synthetic", synthetic_tokens=3000, validation_split_percentage=10,
+                    max_eval_samples=4, streaming=streaming)
     tokenizer = SyntheticLanguage().tokenizer()
     train, evaluation, info = load_blocks(spec, tokenizer, 32, world_size=2)
     assert len(list(train)) > 90 and len(list(evaluation)) == len(evaluation) == 4 and info["held_out"] == "sample"
@@ -180,12 +187,13 @@ def test_load_blocks_of_the_synthetic_language(streaming):
     assert all(key in info for key in ("corpus_fingerprint", "tokenizer_hash", "validation"))
 
 
-def test_load_blocks_cache_gives_the_same_blocks(tmp_path):
+def test_load_blocks_cache_gives_the_same_blocks(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("\n".join(" ".join(WORDS[(i + j) % 40] for j in range(9)) for i in range(60)))
-    tokenizer = word_tokenizer(WORDS)
+    cache = str(tmp_path / "c")
     for percentage in (10.0, 0.0):
-        spec = DataSpec(train_files=(str(tmp_path / "a.txt"),), text_document="line", validation_split_percentage=percentage)
-        results = [load_blocks(spec, tokenizer, 16, cache_dir=cache) for cache in (None, str(tmp_path / "c"), str(tmp_path / "c"))]
+        spec = DataSpec(train_files=(str(tmp_path / "a.txt"),), text_document="line",
+                        validation_split_percentage=percentage)
+        results = [load_blocks(spec, tokenizer, 16, cache_dir=folder) for folder in (None, cache, cache)]
         assert results[0][2] == results[1][2] == results[2][2]
         assert rows(results[0][0]) == rows(results[1][0]) == rows(results[2][0])
         assert (results[0][1] is None) == (percentage == 0)

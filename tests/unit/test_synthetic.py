@@ -149,8 +149,8 @@ def test_agreement_head_and_distance_by_hand(language):
     def words(*groups):
         return [language._groups[group][0] for group in groups]
 
-    ids = words(("determiner", "any"), ("noun", "pl", 0), ("that",), ("determiner", "sg"), ("noun", "sg", 1), ("transitive", "sg"),
-                ("transitive", "pl"), ("reflexive", "pl"), ("and",), ("intransitive", "pl"), ("end",))
+    ids = words(("determiner", "any"), ("noun", "pl", 0), ("that",), ("determiner", "sg"), ("noun", "sg", 1),
+                ("transitive", "sg"), ("transitive", "pl"), ("reflexive", "pl"), ("and",), ("intransitive", "pl"), ("end",))
     assert language.is_grammatical(ids)
     sites = [(site.position, site.distance, site.attractors) for site in language.agreement_sites(ids)]
     assert sites == [(5, 1, 0), (6, 5, 1), (7, 6, 1), (9, 8, 1)]
@@ -186,5 +186,6 @@ def test_tokenizer_ids_are_the_languages(language, sample):
     for ids in sample[:100]:
         assert tokenizer(language.text(ids))["input_ids"] == [BOS_ID, *ids[:-1]]
         assert tokenizer.decode(ids, skip_special_tokens=True) == language.text(ids)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (0, 1, 2, 3)
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    assert special == (0, 1, 2, 3)
     assert tokenizer("neverseenword")["input_ids"] == [BOS_ID, UNKNOWN_ID]

@@ -14,11 +14,12 @@ from ds_stability.errors import UserError
 
 PLAIN = ("{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|eos|>\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}")
-MARKED = ("{% for m in messages %}{{ '[' + m['role'] + ']' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|eos|>' }}"
-          "{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|eos|>\n' }}{% endif %}{% endfor %}"
+MARKED = ("{% for m in messages %}{{ '[' + m['role'] + ']' }}{% if m['role'] == 'assistant' %}"
+          "{% generation %}{{ m['content'] + '<|eos|>' }}{% endgeneration %}{{ '\n' }}"
+          "{% else %}{{ m['content'] + '<|eos|>\n' }}{% endif %}{% endfor %}"
           "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}")
-REWRITING = ("{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['role'] + m['content'] }}{% else %}{{ m['role'] }}"
-             "{% endif %}{% endfor %}")
+REWRITING = ("{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['role'] + m['content'] }}"
+             "{% else %}{{ m['role'] }}{% endif %}{% endfor %}")
 CHAT = [{"role": "user", "content": "What is é, please?"}, {"role": "assistant", "content": " a letter of\n French"},
         {"role": "user", "content": "thanks"}, {"role": "assistant", "content": "welcome"}]
 
@@ -71,10 +72,24 @@ def test_only_assistant_tokens_are_supervised(tokenizer, template):
     assert encoded[1].ids == ids and encoded[1].supervised == supervised and len(encoded) == 3
 
 
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["prefixes", "generation marks"])
+def test_trimmed_offsets_and_empty_turns_lose_nothing(tokenizer, template):
+    from tokenizers import processors
+
+    trimming = train_bpe(["a letter of French"], 300)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trimming.chat_template = template
+    messages = [{"role": "assistant", "content": ""}, *CHAT, {"role": "assistant", "content": "", "tool_calls": None}]
+    ids, supervised = encode_chat(Document(messages=messages), trimming, True)
+    text = trimming.decode([token for token, mark in zip(ids, supervised) if mark])
+    assert text.removeprefix("[assistant]") == "<|eos|> a letter of\n French<|eos|>welcome<|eos|><|eos|>"
+
+
 def test_a_chat_that_opens_with_the_assistant_or_lacks_it(tokenizer):
     tokenizer.chat_template = PLAIN
     ids, supervised = encode_chat(Document(messages=CHAT[1:2]), tokenizer, True)
-    assert tokenizer.decode([token for token, mark in zip(ids, supervised) if mark]).endswith(" a letter of\n French<|eos|>")
+    kept = [token for token, mark in zip(ids, supervised) if mark]
+    assert tokenizer.decode(kept).endswith(" a letter of\n French<|eos|>")
     assert not any(encode_chat(Document(messages=CHAT[:1]), tokenizer, True)[1])
 
 

@@ -1,0 +1,122 @@
+"""Figures of the results: small multiples, one quantity a panel, drawn from the rows of a results file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito: distinct without color vision
+COLUMNS, PANEL_INCHES = 4, (2.75, 2.3)
+
+
+class Panel(NamedTuple):
+    """One quantity: key of the rows, label of the axis, key of its error, a reference line (value, its name)."""
+
+    key: str
+    label: str
+    error: str | None = None
+    reference: tuple[float, str] | None = None
+    from_zero: bool = False
+
+
+DOSE_PANELS = (
+    Panel("ratio", "variance ratio, settled", "ratio_error"),
+    Panel("cross_entropy", "held-out cross-entropy (nats)"),
+    Panel("entropy", "predictive entropy (nats)", from_zero=True),
+    Panel("top1_mass", "top-1 mass"),
+    Panel("sample/distinct_2", "distinct-2 of samples"),
+    Panel("sample/seq_rep_4", "seq-rep-4 of samples", from_zero=True),
+    Panel("sample/high_frequency_share", "high-frequency share of samples", reference=(0.5, "training text")),
+    Panel("loss_deviation", "sd of the loss, last 50 steps (nats)", from_zero=True),
+)
+
+
+def dose_response(rows: Sequence[Mapping[str, Any]], path: Path, title: str, panels: Sequence[Panel] = DOSE_PANELS,
+                  baseline: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG: each panel's quantity against the level.
+
+    Args:
+        rows: one dict per level, with "level" and the panels' keys; None leaves a gap.
+        baseline: figures of an untouched model, drawn as a horizontal line.
+    """
+    figure, axes = _grid(len(panels))
+    for axis, panel in zip(axes, panels, strict=False):
+        _dose_panel(axis, panel, rows, baseline)
+    # Axis labels at the lowest panel of each column only: all share the axis.
+    for index in range(len(panels)):
+        if index + COLUMNS >= len(panels):
+            axes[index].set_xlabel("level")
+    _finish(figure, path, title)
+
+
+def _dose_panel(axis, panel: Panel, rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any] | None) -> None:
+    points = [(row["level"], row[panel.key], row.get(panel.error) if panel.error else None)
+              for row in rows if row.get(panel.key) is not None]  # fmt: skip
+    levels, values = [p[0] for p in points], [p[1] for p in points]
+    if panel.key == "ratio":
+        axis.plot([0, 1], [1, 0], color=GRAY, linewidth=1, linestyle="--")
+        axis.text(0.62, 0.52, "1 - level", color=GRAY, fontsize=8)
+    errors = [p[2] or 0.0 for p in points] if panel.error else None
+    axis.errorbar(levels, values, yerr=errors, color=BLUE, marker="o", markersize=4.5, linewidth=1.6, capsize=2)
+    lines = [(panel.reference, GRAY)] if panel.reference else []
+    if baseline is not None and baseline.get(panel.key) is not None:
+        lines.append(((baseline[panel.key], "untouched model"), ORANGE))
+    for (value, name), color in lines:
+        axis.axhline(value, color=color, linewidth=1, linestyle=":")
+        axis.annotate(name, (0.98, value), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
+                      ha="right", color=color, fontsize=8)  # fmt: skip
+    axis.set_title(panel.label, fontsize=9, loc="left")
+    axis.set_xlim(-0.04, 1.04)
+    if panel.from_zero:
+        axis.set_ylim(bottom=0, top=axis.get_ylim()[1])
+
+
+def overhead(groups: Mapping[str, Mapping[str, Sequence[float]]], path: Path, title: str) -> None:
+    """Write a PNG: a panel per model with the step-time ratio to plain DeepSpeed of each round, and their median.
+
+    Args:
+        groups: model name -> arm name -> one ratio per round.
+    """
+    import statistics
+
+    figure, axes = _grid(len(groups), columns=max(1, len(groups)), size=(3.4, 2.4))
+    for axis, (model, arms) in zip(axes, groups.items(), strict=False):
+        for position, ((_, ratios), color) in enumerate(zip(arms.items(), (BLUE, ORANGE, GREEN), strict=False)):
+            spread = [position + 0.16 * (i / max(1, len(ratios) - 1) - 0.5) for i in range(len(ratios))]
+            axis.plot(spread, ratios, "o", color=color, markersize=4, alpha=0.7, markeredgewidth=0)
+            axis.plot([position - 0.2, position + 0.2], [statistics.median(ratios)] * 2, color=color, linewidth=2.5)
+        axis.axhline(1.0, color=GRAY, linewidth=1, linestyle=":")
+        axis.set_xticks(range(len(arms)), list(arms))
+        axis.set_xlim(-0.5, len(arms) - 0.5)
+        axis.set_title(f"{model}: step time / plain DeepSpeed", fontsize=9, loc="left")
+    _finish(figure, path, title)
+
+
+def _grid(count: int, columns: int = COLUMNS, size: tuple[float, float] = PANEL_INCHES):
+    """(figure, flat list of axes) without frames at the top and right; spare axes are removed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(columns * size[0], lines * size[1] + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)  # not pyplot: no window, no global state
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes[:count]
+
+
+def _finish(figure, path: Path, title: str) -> None:
+    import io
+
+    from ds_stability.run_dir import write_atomic
+
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=160, metadata={"Software": None})
+    write_atomic(path, image.getvalue())

@@ -1,0 +1,208 @@
+"""Start launchers/train.py under the real `deepspeed` launcher, cell after cell, with progress, and resume a broken sweep."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import REPOSITORY, TRAIN_SCRIPT
+
+from ds_stability.run_dir import RunDir, write_json_atomic
+
+POLL_SECONDS = 0.5
+TEARDOWN_SECONDS = 60  # DeepSpeed on CPU now and then hangs or aborts after all work is done
+QUIET_SECONDS = 15  # between progress lines where there is no terminal
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a sweep: its folder's name, and its flags for launchers/train.py."""
+
+    name: str
+    flags: Mapping[str, Any]
+    steps: int
+
+
+def train_cells(cells: Sequence[Cell], output: Path, num_gpus: int) -> dict[str, RunDir]:
+    """Train every cell that is not complete. A cell is complete if it has DONE and was made by the same flags.
+
+    Raises:
+        RuntimeError: a run ended without DONE; the message ends with its log.
+    """
+    runs = {}
+    progress = Progress(len(cells))
+    for position, cell in enumerate(cells, start=1):
+        run = RunDir(output / cell.name)
+        runs[cell.name] = run
+        settings = {"flags": dict(cell.flags), "num_gpus": num_gpus}
+        if run.done.exists() and _made_by(output / f"{cell.name}.json", settings):
+            print(f"{cell.name}: done before")
+            continue
+        _remove_run(run)
+        write_json_atomic(output / f"{cell.name}.json", settings)
+        progress.begin(cell, position)
+        launch_training({**cell.flags, "output_dir": str(run.path)}, num_gpus, output / f"{cell.name}.log",
+                        lambda done: progress.show(done))  # fmt: skip
+        progress.end()
+    return runs
+
+
+def _made_by(path: Path, settings: Mapping[str, Any]) -> bool:
+    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(settings))
+
+
+def _remove_run(run: RunDir) -> None:
+    """Remove an incomplete or outdated run; a folder that is no run of ours is left to train.py, which refuses it."""
+    if run.manifest.exists():
+        print(f"{run.path}: incomplete, or made by other settings; training it again")
+        shutil.rmtree(run.path)
+
+
+def launch_training(flags: Mapping[str, Any], num_gpus: int, log: Path, on_progress=None) -> None:
+    """Run launchers/train.py with `flags` on `num_gpus` processes of this machine; output goes to the file `log`.
+
+    Judged by its DONE file: DeepSpeed on CPU now and then aborts after all work is done.
+
+    Raises:
+        RuntimeError: no DONE; the message ends with the end of the log.
+    """
+    run = RunDir(flags["output_dir"])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as stream:
+        process = start_script(TRAIN_SCRIPT, flag_words(flags), num_gpus, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            _watch(process, run, on_progress)
+        finally:
+            end_process(process)
+    if not run.done.exists():
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
+        raise RuntimeError(f"{run.path}: training ended without DONE (exit code {process.returncode}); {log} ends:\n{tail}")
+
+
+def _watch(process: subprocess.Popen, run: RunDir, on_progress) -> None:
+    finished_at = None
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        if on_progress is not None:
+            on_progress(_count_lines(run.metrics))
+        if run.done.exists():
+            finished_at = finished_at or time.monotonic()
+            if time.monotonic() - finished_at > TEARDOWN_SECONDS:
+                return
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except OSError:
+        return 0  # not yet
+
+
+def flag_words(flags: Mapping[str, Any]) -> list[str]:
+    """{"block_size": 128, "train_file": [a, b]} as command-line words; a flag of None is left out."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        words += [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+    return words
+
+
+def start_script(script: Path, words: Sequence[str], num_gpus: int, **options: Any) -> subprocess.Popen:
+    """Start a script under the `deepspeed` launcher, on CPUs where there is no GPU, in a session of its own."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_gpus)]
+    command += ["--master_port", str(free_port()), str(script), *words]
+    return subprocess.Popen(command, env=environment(), cwd=REPOSITORY, start_new_session=True, **options)
+
+
+def end_process(process: subprocess.Popen) -> None:
+    """End a process that `start_script` started, with its ranks, if it still runs."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def environment() -> dict[str, str]:
+    """This environment; without a GPU on DeepSpeed's CPU accelerator, one thread a rank unless OMP_NUM_THREADS says more."""
+    values = dict(os.environ)
+    if not on_gpu():
+        values.setdefault("DS_ACCELERATOR", "cpu")
+        values.setdefault("OMP_NUM_THREADS", "1")
+    return values
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def default_processes() -> int:
+    """2 ranks, or the one GPU of a machine that has one."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) if on_gpu() else 2
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+class Progress:
+    """One line: which cell, its step, the rate, the time left in this cell and in all."""
+
+    def __init__(self, cells: int, stream=None):
+        self.cells, self.stream = cells, stream or sys.stdout
+        self.cell_seconds: list[float] = []
+        self.shown_at = 0.0
+
+    def begin(self, cell: Cell, position: int) -> None:
+        self.cell, self.position, self.started = cell, position, time.monotonic()
+        self.first: tuple[int, float] | None = None  # (steps, time) when the first step was seen
+
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        if done and self.first is None:
+            self.first = (done, now)
+        if not self.stream.isatty() and now - self.shown_at < QUIET_SECONDS:
+            return
+        self.shown_at = now
+        self._print(self.line(done, now), end="" if self.stream.isatty() else "\n")
+
+    def line(self, done: int, now: float) -> str:
+        head = f"{self.cell.name} ({self.position} of {self.cells})"
+        if self.first is None or done <= self.first[0]:
+            return f"{head}  starting, {now - self.started:.0f} s"
+        rate = (done - self.first[0]) / (now - self.first[1])
+        left = (self.cell.steps - done) / rate
+        whole = self.cell_seconds[-1] if self.cell_seconds else now - self.started + left
+        rest = left + (self.cells - self.position) * whole
+        return f"{head}  step {done}/{self.cell.steps}  {rate:.1f} steps/s  {clock(left)} left here, {clock(rest)} in all"
+
+    def end(self) -> None:
+        self.cell_seconds.append(time.monotonic() - self.started)
+        self._print(f"{self.cell.name} ({self.position} of {self.cells})  done in {clock(self.cell_seconds[-1])}", end="\n")
+
+    def _print(self, text: str, end: str) -> None:
+        # On a terminal each line covers the one before it.
+        start = "\r\033[K" if self.stream.isatty() else ""
+        print(start + text, end=end, file=self.stream, flush=True)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

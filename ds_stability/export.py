@@ -1,0 +1,228 @@
+"""The trained model as a directory for `AutoModelForCausalLM.from_pretrained`: `final/` of a run.
+
+Weights are gathered in bounded pieces and collected in host memory on rank 0, in the engine's compute dtype, then saved
+by transformers itself, so that tied weights, renamed weights and shards come out as the ecosystem expects. A peft
+model gives its adapter in adapter/ and the merged model beside it; the live engine is only read.
+"""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_stability.errors import UserError
+from ds_stability.gathered import base_model, is_partitioned, is_peft, random_state_kept, whole
+from ds_stability.model_card import model_card
+from ds_stability.run_dir import sync_directory, write_atomic, write_json_atomic
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GATHER_BYTES = 2**28  # weights that are whole at the same time on the accelerator
+HIGH_FREQUENCY_NAME = "high_frequency.json"
+
+
+def check_exportable(module: torch.nn.Module) -> None:
+    """Refuse what `export_model` could not save; call it before training rather than find out after.
+
+    Raises:
+        UserError: not a transformers model, a peft method that cannot be merged, a generation config that transformers
+            refuses to save.
+    """
+    model = base_model(module)
+    if is_peft(module):
+        methods = [f"{c.peft_type.value}" for c in module.peft_config.values() if c.is_prompt_learning]
+        if methods:
+            raise UserError(f"peft method {methods[0]} cannot be merged into the model; use LoRA or another adapter")
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            model.generation_config.save_pretrained(directory)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the model's generation config cannot be saved; mend generation_config.json ({reason})") from None
+
+
+def export_model(
+    engine: "DeepSpeedEngine",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    directory: str | os.PathLike,
+    card_metadata: Mapping[str, Any],
+    high_frequency_file: str | os.PathLike | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write the model, ready for `from_pretrained`. A collective: call it on every rank, between optimizer steps.
+
+    The directory appears whole, under its name, or not at all; an earlier export of that name is replaced. The engine
+    trains on as if nothing had happened.
+
+    Args:
+        card_metadata: what README.md tells about the training, as plain values; text in it is escaped.
+        high_frequency_file: copied into the directory as high_frequency.json.
+
+    Raises:
+        RuntimeError: on every rank, when rank 0 could not write.
+    """
+    state = gather_state_dict(engine)
+    failure: Exception | None = None
+    if state is not None:
+        try:
+            with random_state_kept():
+                _write(engine.module, state, tokenizer, Path(directory), card_metadata, high_frequency_file, max_shard_size)
+        except Exception as error:  # raised below, after the other ranks have heard of it
+            failure = error
+    message = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+    torch.distributed.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise RuntimeError(f"export to {directory} failed: {message[0]}") from failure
+
+
+def gather_state_dict(engine: "DeepSpeedEngine") -> dict[str, torch.Tensor] | None:
+    """Names and whole tensors of the module's state dict on rank 0, in host memory; None on other ranks. A collective.
+
+    Tied parameters share one tensor, as in the live model.
+    """
+    main = torch.distributed.get_rank() == 0
+    named = list(engine.module.named_parameters(remove_duplicate=False))
+    copies: dict[int, torch.Tensor] = {}
+    for piece in _pieces(engine, list(engine.module.parameters())):
+        with whole(engine, piece):
+            if main:
+                copies.update((id(p), p.detach().to("cpu", copy=True)) for p in piece)
+    if not main:
+        return None
+    state = {name: copies[id(parameter)] for name, parameter in named}
+    for prefix, module in engine.module.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                state[f"{prefix}.{name}" if prefix else name] = buffer.detach().to("cpu", copy=True)
+    return state
+
+
+def _pieces(engine: "DeepSpeedEngine", parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Runs of parameters that take at most GATHER_BYTES together (or one that takes more by itself)."""
+    pieces: list[list[torch.nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        size = (parameter.ds_numel if is_partitioned(engine) else parameter.numel()) * parameter.element_size()
+        if not pieces or size > room:
+            pieces.append([])
+            room = GATHER_BYTES
+        pieces[-1].append(parameter)
+        room -= size
+    return pieces
+
+
+def _write(module, state, tokenizer, directory: Path, metadata, high_frequency_file, max_shard_size) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        dtype = _main_dtype(state)
+        model = base_model(module)
+        if is_peft(module):
+            module.save_pretrained(temporary / "adapter", state_dict=dict(state))
+            model = merge_adapter(module, state)
+            state = model.state_dict()
+        _save_model(model, state, temporary, dtype, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if high_frequency_file is not None:
+            shutil.copyfile(high_frequency_file, temporary / HIGH_FREQUENCY_NAME)
+        write_atomic(temporary / "README.md", model_card(metadata))
+        _publish(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _main_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The floating dtype of most numbers: a few weights may be kept in fp32 beside bf16 ones."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def _save_model(model: "PreTrainedModel", state: dict, directory: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    config = model.config
+    # save_pretrained writes into the config; the live model keeps its own.
+    model.config = copy.deepcopy(config)
+    try:
+        model.save_pretrained(directory, state_dict=dict(state), max_shard_size=max_shard_size)
+    finally:
+        model.config = config
+    saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    # It goes by the first parameter, which may be one of those kept in fp32.
+    saved["dtype"] = str(dtype).removeprefix("torch.")
+    write_json_atomic(directory / "config.json", saved)
+
+
+def merge_adapter(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> "PreTrainedModel":
+    """The base model with the active adapters merged in, on the CPU, built apart from the live one.
+
+    Each layer is merged in fp32 and rounded to its own dtype once.
+    """
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = base_model(module)
+    with torch.device("meta"):
+        fresh = type(base)(copy.deepcopy(base.config))
+    fresh.generation_config = base.generation_config
+    configs = {name: _without_init(config) for name, config in module.peft_config.items()}
+    first, *others = configs
+    twin = get_peft_model(fresh, configs[first], adapter_name=first, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    for name in others:
+        twin.add_adapter(name, configs[name], low_cpu_mem_usage=True)
+    twin.base_model.set_adapter(module.active_adapters)
+    twin.load_state_dict(dict(state), assign=True)
+    for layer in twin.modules():
+        if isinstance(layer, BaseTunerLayer):
+            dtype = layer.get_base_layer().weight.dtype
+            for parameter in layer.parameters():
+                # A copy, also in fp32: merging writes in place, and the matrix may be tied to one without an adapter.
+                parameter.data = parameter.data.to(torch.float32, copy=True)
+            layer.merge()
+            layer.to(dtype)
+    merged = twin.unload()
+    inputs, outputs = merged.get_input_embeddings(), merged.get_output_embeddings()
+    # An adapter on one of two tied matrices has parted them.
+    if inputs is not None and outputs is not None and not torch.equal(inputs.weight, outputs.weight):
+        merged.config.tie_word_embeddings = False
+    return merged
+
+
+def _without_init(config: Any) -> Any:
+    """The adapter's config, with no initialization that would read weights (there are none on the meta device)."""
+    from peft import LoraConfig
+
+    config = copy.deepcopy(config)
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = False
+    return config
+
+
+def _publish(temporary: Path, directory: Path) -> None:
+    """Bring the files to disk and give the directory its name."""
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(folder)
+    earlier = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    if directory.exists():
+        os.replace(directory, earlier)
+    os.replace(temporary, directory)
+    sync_directory(directory.parent)
+    shutil.rmtree(earlier, ignore_errors=True)

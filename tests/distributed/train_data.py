@@ -1,0 +1,69 @@
+"""Models and batches of the short trainings; no deepspeed here, so that the plain-torch reference can use it too."""
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+DEFAULTS = {
+    "engine": "ours",  # or "plain": deepspeed.initialize, without the stability block
+    "arch": "llama",
+    "ds": {},  # merged over `base_config`
+    "stability": {},
+    "steps": 4,
+    "gas": 2,
+    "micro": 2,
+    "seq": 16,
+    "vocab": 97,  # not divisible by 2: partitions are padded
+    "optimizer": "adamw",
+    "lr": 1e-2,
+    "clip": 1.0,
+    "checkpointing": None,  # "reentrant" or "plain"
+    "freeze": None,  # substring of parameter names to freeze
+    "evaluate": False,  # an evaluation pass between the steps
+    "poison": None,  # {"step": s, "rank": r, "value": "nan"}: rank r's embedding output becomes NaN in step s
+    "masked": None,  # {"step": s, "micro": m, "rank": r}: every label of that micro-batch is -100
+    "high_frequency": None,
+    "save_at": None,
+    "load": None,
+    "num_items": False,  # pass num_items_in_batch, and scale the loss by world size, as Trainer does
+    "other_block": None,  # a different stability block for rank 1
+    "zipf_seed": 1000,
+}
+
+
+def build_model(run):
+    torch.manual_seed(0)
+    if run["arch"] == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=run["vocab"], n_positions=64, n_embd=32, n_layer=2, n_head=2,
+                                          resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(vocab_size=run["vocab"], hidden_size=32, intermediate_size=56,
+                                        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                                        max_position_embeddings=64))  # fmt: skip
+
+
+def global_batches(run, step, rows):
+    """Token ids [rows, seq] of a global batch; Zipf-like so that surprisal is skewed as in text."""
+    generator = torch.Generator().manual_seed(run["zipf_seed"] + step)
+    weights = 1.0 / torch.arange(1, run["vocab"] + 1).float()
+    return torch.multinomial(weights, rows * run["seq"], replacement=True, generator=generator).view(rows, run["seq"])
+
+
+def micro_batches(run, step, rank, world):
+    rows = run["micro"] * run["gas"] * world
+    tokens = global_batches(run, step, rows)
+    for index in range(run["gas"]):
+        start = (index * world + rank) * run["micro"]
+        ids = tokens[start : start + run["micro"]]
+        labels = ids.clone()
+        for row in range(run["micro"]):
+            labels[row, : 3 + (start + row) % 5] = -100  # uneven numbers of supervised tokens
+        masked = run["masked"]
+        if masked and masked["step"] == step and masked["micro"] == index and masked["rank"] in (rank, "all"):
+            labels[:] = -100
+        yield ids, labels
+
+
+def num_items(run, step, world):
+    total = 0
+    for rank in range(world):
+        total += sum(int((labels[:, 1:] != -100).sum()) for _, labels in micro_batches(run, step, rank, world))
+    return total

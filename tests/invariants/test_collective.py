@@ -1,0 +1,51 @@
+"""Invariants 3 and 5: one extra all-reduce of at most 4 KB a step; the same state on every rank; unequal blocks stop."""
+
+import pytest
+
+COMMS = {"comms_logger": {"enabled": True, "prof_all": True, "verbose": False, "debug": False}}
+ALL_FAMILIES = {"feedback": {}, "clipping": {}, "averaging": {}, "regularization": {"kind": "init_decay"}}
+RUNS = [
+    {"name": "plain", "engine": "plain", "steps": 5, "ds": COMMS},
+    {"name": "observed", "stability": {"level": 0.0}, "steps": 5, "ds": COMMS},
+    {"name": "controlled", "steps": 5, "ds": COMMS,
+     "stability": {"level": 0.5, "stabilizers": ALL_FAMILIES, "controller": {"warmup_steps": 2}}},
+    {"name": "unequal", "stability": {"level": 0.5}, "other_block": {"level": 0.4}},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(trainings):
+    return trainings(RUNS)
+
+
+def per_step(counts):
+    """{op: {bytes: calls}} of the last step: the counts are cumulative."""
+    last, before = counts[-1], counts[-2]
+    return {op: {size: n - before.get(op, {}).get(size, 0) for size, n in sizes.items()
+                 if n != before.get(op, {}).get(size, 0)} for op, sizes in last.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["observed", "controlled"])
+def test_exactly_one_more_collective(results, name):
+    plain, ours = per_step(results["plain"]["collectives"]), per_step(results[name]["collectives"])
+    extra = []
+    for op in plain.keys() | ours.keys():
+        for size in plain.get(op, {}).keys() | ours.get(op, {}).keys():
+            extra += [(op, size)] * (ours.get(op, {}).get(size, 0) - plain.get(op, {}).get(size, 0))
+            assert ours.get(op, {}).get(size, 0) >= plain.get(op, {}).get(size, 0), (op, size)
+    assert len(extra) == 1, extra
+    op, size = extra[0]
+    assert op == "all_reduce" and size <= 4096
+
+
+def test_every_rank_holds_the_same_state(results):
+    states = results["controlled"]["states"]
+    assert len(states) == 2 and states[0] == states[1]
+    assert states[0]["feedback"]["applied_steps"] == 5
+
+
+def test_unequal_blocks_stop_every_rank(results):
+    errors = results["unequal"]["errors"]
+    assert set(errors) == {0, 1}
+    for text in errors.values():
+        assert text.startswith("StabilityConfigError: ") and "differs between ranks" in text and "\n" not in text
