@@ -47,7 +47,8 @@ def check_exportable(module: torch.nn.Module) -> None:
             model.generation_config.save_pretrained(directory)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"the model's generation config cannot be saved; mend generation_config.json ({reason})") from None
+        message = f"the model's generation config cannot be saved ({reason}); mend generation_config.json"
+        raise UserError(message) from None
 
 
 def export_model(
@@ -75,7 +76,8 @@ def export_model(
     if state is not None:
         try:
             with random_state_kept():
-                _write(engine.module, state, tokenizer, Path(directory), card_metadata, high_frequency_file, max_shard_size)
+                files = (tokenizer, card_metadata, high_frequency_file)
+                _write(engine.module, state, Path(directory), *files, max_shard_size)
         except Exception as error:  # raised below, after the other ranks have heard of it
             failure = error
     message = [None if failure is None else f"{type(failure).__name__}: {failure}"]
@@ -120,7 +122,7 @@ def _pieces(engine: "DeepSpeedEngine", parameters: list[torch.nn.Parameter]) -> 
     return pieces
 
 
-def _write(module, state, tokenizer, directory: Path, metadata, high_frequency_file, max_shard_size) -> None:
+def _write(module, state, directory: Path, tokenizer, metadata, high_frequency_file, max_shard_size) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -151,7 +153,9 @@ def _main_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def _save_model(model: "PreTrainedModel", state: dict, directory: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+def _save_model(
+    model: "PreTrainedModel", state: Mapping[str, torch.Tensor], directory: Path, dtype: torch.dtype, max_shard_size: str
+) -> None:
     config = model.config
     # save_pretrained writes into the config; the live model keeps its own.
     model.config = copy.deepcopy(config)
@@ -179,9 +183,10 @@ def merge_adapter(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) ->
     fresh.generation_config = base.generation_config
     configs = {name: _without_init(config) for name, config in module.peft_config.items()}
     first, *others = configs
-    twin = get_peft_model(fresh, configs[first], adapter_name=first, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    bare = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+    twin = get_peft_model(fresh, configs[first], adapter_name=first, **bare)
     for name in others:
-        twin.add_adapter(name, configs[name], low_cpu_mem_usage=True)
+        twin.add_adapter(name, configs[name], **bare)
     twin.base_model.set_adapter(module.active_adapters)
     twin.load_state_dict(dict(state), assign=True)
     for layer in twin.modules():

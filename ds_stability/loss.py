@@ -214,8 +214,9 @@ class StabilityLoss:
         labels_N = targets_N.clamp(min=0)
         if self.interleaved and self.forwards > self.backwards:
             raise StabilityConfigError(
-                "a second forward came before the backward of the first; DeepSpeed's ZeRO-3 then loses the first one's "
-                "gradients: call backward after each forward, or add the losses up in one forward"
+                "a second forward came before a backward through the loss of the first: either the training loss did not "
+                "pass through the model's loss function (set stability.level to 0), or two losses are added up, with which "
+                "DeepSpeed's ZeRO-3 loses gradients (call backward after each forward)"
             )
         self.forwards += 1
         return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective, chunk,

@@ -252,7 +252,8 @@ def _check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise UserError(f"--output_dir {path}: cannot be written ({_reason(error)}); give another --output_dir") from None
+        reason = f"cannot be written ({_reason(error)})"
+        raise UserError(f"--output_dir {path}: {reason}; give another --output_dir") from None
 
 
 def _reason(error: Exception) -> str:

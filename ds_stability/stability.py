@@ -52,7 +52,7 @@ class Stability:
         self.group, self.device = engine.seq_data_parallel_group, torch.device(engine.device)
         require_equal(config.to_dict(), self.device, self.group, "stability block")
         model = causal_lm(engine.module)
-        self.config = config.resolve(pretrained=model is not None and bool(model.name_or_path))
+        self.config = config.resolve(pretrained=has_pretrained_weights(model))
         self.gradients = reduced_gradients(engine)
         self._build_stabilizers(engine)
         self.measures = StabilityMeasures()
@@ -290,6 +290,14 @@ def causal_lm(module: torch.nn.Module):
         return None
     function = module.loss_function
     return module if function is ForCausalLMLoss or isinstance(function, StabilityLoss) else None
+
+
+def has_pretrained_weights(model) -> bool:
+    """Best guess for a missing warmup_steps: a model made by from_pretrained knows where its weights came from.
+
+    A fresh model whose config came from a folder or the hub looks the same: state controller.warmup_steps there.
+    """
+    return model is not None and bool(model.name_or_path) and not model.name_or_path.endswith(".json")
 
 
 def _difference(old: dict, new: dict, path: str = "stability") -> str:

@@ -24,8 +24,8 @@ TAGS: dict[str, Tag] = {
     "cross_entropy": Tag("nats", "mean(s)", "loss", "plain, unweighted cross-entropy of the training batch"),
     "learning_rate": Tag("-", "of the first parameter group", "scheduler", "learning rate of this step"),
     "grad_norm": Tag("-", "|g|", "DeepSpeed", "global gradient norm, loss scale divided out, before any clipping"),
-    "tokens_per_second": Tag("tokens/s", "tokens / step_seconds", "callback", "supervised tokens per second, all ranks"),
-    "step_seconds": Tag("s", "wall clock", "callback", "duration of the optimizer step, all its micro-batches"),
+    "tokens_per_second": Tag("tokens/s", "tokens / step_seconds", "engine", "supervised tokens per second, all ranks"),
+    "step_seconds": Tag("s", "wall clock", "engine", "duration of the optimizer step, all its micro-batches"),
     "skipped": Tag("true", "-", "engine", "only in the line of a skipped step: a number was not finite, nothing was updated"),
     # the dial
     "stability/level": Tag("0..1", "schedule(applied steps)", "schedule", "requested level of the feedback"),
@@ -48,11 +48,11 @@ TAGS: dict[str, Tag] = {
     "stability/high_frequency_mass": Tag("0..1", "mean(sum of p over the high-frequency set)", "loss", "mass on the tokens that make up half of the training corpus"),
     "stability/tokens": Tag("tokens", "n", "loss", "supervised tokens in the global batch"),
     # gradients
-    "stability/grad_norm_clipped": Tag("-", "|g'|", "gradients", "global gradient norm after clipping and averaging"),
+    "stability/grad_norm_clipped": Tag("-", "min(|g|, threshold)", "gradients", "global gradient norm after clipping"),
     "stability/clip_threshold": Tag("-", "min(exp(mu_n + k sigma_n), gradient_clipping)", "clipping; in spirit ZClip, arXiv 2504.02507", "norm above which the gradient is scaled down"),
     "stability/clipped": Tag("0/1", "|g| > threshold", "clipping", "1 when this step was clipped"),
     "stability/gradient_noise_scale": Tag("tokens", "tr(Sigma) / |G|^2", "measures; McCandlish et al. 2018, arXiv 1812.06162, appendix A", "batch size at which noise and signal of the gradient are equal"),
-    "stability/gradient_cosine": Tag("-1..1", "<g, m> / (|g| |m|)", "gradients", "cosine of the gradient with the running mean that averaging keeps"),
+    "stability/gradient_cosine": Tag("-1..1", "dot(g, m) / (|g| |m|)", "gradients", "cosine of the gradient with the running mean that averaging keeps"),
     "stability/update_ratio": Tag("-", "|new - old weights| / |old weights|", "gradients", "relative size of the previous measured update"),
     # stability itself, measured apart from the law
     "stability/loss_deviation": Tag("nats", "sd of cross_entropy, last 50 applied steps", "measures", "how smooth the loss curve is"),
@@ -73,15 +73,15 @@ _PROBE = {
     "distinct_2": Tag("0..1", "distinct/all bigrams, pooled, never across texts", "probe; Li et al. 2016, arXiv 1510.03055", "diversity over the prompts; compare at equal token counts only"),
     "high_frequency_share": Tag("0..1", "tokens in the high-frequency set / tokens", "probe", "natural text is at .5 by construction; specials excluded"),
 }  # fmt: skip
+_EVALUATED = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
 _DECODINGS = {"sample": "pure sampling at temperature 1", "greedy": "greedy decoding"}
 
-TAGS.update(
-    {
-        f"probe/{decoding}/{name}": tag._replace(meaning=f"{tag.meaning} ({words})")
-        for decoding, words in _DECODINGS.items()
-        for name, tag in _PROBE.items()
-    }
-)
+TAGS["eval/cross_entropy"] = Tag("nats", "mean(s)", "loss", "plain cross-entropy of held-out text")
+for _name in _EVALUATED:
+    TAGS[f"eval/{_name}"] = TAGS[f"stability/{_name}"]._replace(meaning=f"as stability/{_name}, over all held-out text")
+for _decoding, _words in _DECODINGS.items():
+    for _name, _tag in _PROBE.items():
+        TAGS[f"probe/{_decoding}/{_name}"] = _tag._replace(meaning=f"{_tag.meaning} ({_words})")
 
 
 def is_known(key: str) -> bool:

@@ -6,8 +6,9 @@ all of it. Engines without an optimizer (a reference model, an evaluation before
 
 TRL's SFTTrainer computes its loss from a fused head that never builds logits (trl/trainer/sft_trainer.py, 1.16,
 `compute_loss`). At level 0 it is left alone, and token statistics are null. Above level 0 (or with `loss_path` "chunked")
-its training loss goes through transformers' `Trainer.compute_loss`: the same sum over token losses with the same divisor;
-TRL's own training figures (mean_token_accuracy, num_tokens) are then not computed.
+its loss goes through transformers' `Trainer.compute_loss`: the same sum over token losses with the same divisor; TRL's own
+figures (entropy, mean_token_accuracy, num_tokens) are then not computed. So it is in evaluation too: ZeRO-3 prefetches
+weights as training used them, and TRL's fused head, which gathers its weight by itself, meets it in flight.
 """
 
 import functools
@@ -75,13 +76,13 @@ def _reroute_sft() -> None:
 
 
 def _through_the_model(original: Callable) -> Callable:
-    """`SFTTrainer.compute_loss` that is transformers' own while a chunked stability loss trains, else TRL's."""
+    """`SFTTrainer.compute_loss` that is transformers' own for an engine with the chunked stability loss, else TRL's."""
 
     @functools.wraps(original)
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         engine = stability_engine.engine_of(self.model)
         controlled = engine is not None and engine.stability.loss is not None and engine.stability.loss.chunked
-        if not controlled or not self.model.training:
+        if not controlled:
             return original(self, model, inputs, return_outputs, num_items_in_batch)
         if self.args.loss_type != "nll":
             raise StabilityConfigError(

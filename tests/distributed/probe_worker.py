@@ -272,7 +272,8 @@ def disagreements(case, final_weights, rows):
         prompt, text = row["prompt_ids"], row["completion_ids"] + [1] * (row["finish_reason"] == "eos")
         logits = model(input_ids=torch.tensor([prompt + text])).logits[0, len(prompt) - 1 : -1].double()
         entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
-        uniform = torch.rand(10, generator=torch.Generator().manual_seed(seed_of(row["prompt_index"])), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed_of(row["prompt_index"]))
+        uniform = torch.rand(10, generator=generator, dtype=torch.float64)
         for t, token in enumerate(text):
             cumulative = logits[t].softmax(0).cumsum(0).tolist()
             below = cumulative[token - 1] if token else 0.0

@@ -92,8 +92,8 @@ def test_weights_are_sharded_and_listed(exported):
 
 
 def test_tied_weights_are_saved_once(exported):
-    weight_map = json.loads((exported / "gpt2_fp32" / "final" / "model.safetensors.index.json").read_text())["weight_map"]
-    assert "lm_head.weight" not in weight_map and "transformer.wte.weight" in weight_map
+    index = json.loads((exported / "gpt2_fp32" / "final" / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" not in index["weight_map"] and "transformer.wte.weight" in index["weight_map"]
 
 
 def test_an_adapter_on_one_of_two_tied_matrices_unties_them(exported):

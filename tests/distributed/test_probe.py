@@ -82,8 +82,9 @@ def test_metrics_are_the_same_on_every_rank_and_complete(two_ranks, case):
 
 def test_samples_on_disk(two_ranks):
     _, _, out = two_ranks
-    assert sorted(p.name for p in (out / "llama" / "samples").iterdir()) == [f"step-0000000{n}.jsonl" for n in (2, 4, 6)]
-    rows = [json.loads(line) for line in (out / "llama" / "samples" / "step-00000006.jsonl").read_text().splitlines()]
+    samples = out / "llama" / "samples"
+    assert sorted(p.name for p in samples.iterdir()) == [f"step-0000000{n}.jsonl" for n in (2, 4, 6)]
+    rows = [json.loads(line) for line in (samples / "step-00000006.jsonl").read_text().splitlines()]
     keys = [(row["decoding"], row["prompt_index"]) for row in rows]
     assert keys == [(decoding, index) for decoding in ("greedy", "sample") for index in range(7)]
     assert rows[3]["prompt"] == " ".join(map(str, rows[3]["prompt_ids"])) and len(rows[3]["prompt_ids"]) == 2

@@ -218,11 +218,11 @@ def test_lora_learns_under_feedback_and_leaves_the_frozen_weights(runs, name):
     [
         ("smoothing", "--label_smoothing_factor 0.1 takes the loss away from the model"),
         ("liger", "--use_liger_kernel True takes the loss away from the model"),
-        ("function", "did not pass through the model's loss function"),
-        ("preference", "did not pass through the model's loss function"),
-        ("no_labels", "did not pass through the model's loss function"),
+        ("function", "pass through the model's loss function"),
+        ("preference", "pass through the model's loss function"),
+        ("no_labels", "pass through the model's loss function"),
         ("ranks_differ", "stability block differs between ranks"),
-        ("wrong_key", "did you mean 'level'"),
+        ("wrong_key", 'did you mean "level"'),
         ("other_level", "stability.level: 0.5 there, 0.4 here"),
     ],
 )

@@ -28,7 +28,10 @@ def header(card):
     return yaml.safe_load(card.split("---\n")[1])
 
 
-@pytest.mark.parametrize("name", ["HuggingFaceTB/SmolLM2-135M", "a: b\n---\nevil: [1", 'quote " and \\ slash', "no", "12"])
+NAMES = ["HuggingFaceTB/SmolLM2-135M", "a: b\n---\nevil: [1", 'quote " and \\ slash', "no", "12"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_header_is_yaml_whatever_the_name(name):
     found = header(model_card({"base_model": name}))
     assert found == {"library_name": "transformers", "tags": ["ds_stability"], "base_model": name}

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -92,7 +93,10 @@ def test_steps_do_not_go_back_and_a_closed_recorder_refuses(run):
     recorder.close()  # twice is harmless
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 4, "lo', b'{"step": 4}', b"\x00\x00\x00", b'{"step": 4, "lo\n', b"\xff\xfe"])
+TORN = [b'{"step": 4, "lo', b'{"step": 4}', b"\x00\x00\x00", b'{"step": 4, "lo\n', b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("tail", TORN)
 def test_a_torn_last_line_is_dropped(run, tail):
     write_steps(run, [1, 2, 3])
     whole = run.metrics.read_bytes()
@@ -216,3 +220,9 @@ def test_finite_floats_survive_exactly(tmp_path_factory, values):
             recorder.record(step, {"loss": value})
     expected = [value if math.isfinite(value) else None for value in values]
     assert [row["loss"] for row in read_metrics(run.metrics)] == expected
+
+
+def test_tag_table_renders_in_markdown():
+    # A "<" that opens a word would be taken for HTML, and the text would vanish.
+    import re
+    assert not re.search(r"<[A-Za-z/!?]", tag_table_markdown())

@@ -17,7 +17,11 @@ from ds_stability.run_dir import (
     write_json_atomic,
 )
 
-IDENTITY = {"model": "/models/a", "stability": {"level": 0.5, "stabilizers": {"feedback": {}}}, "data": {"train": "f00"}}
+IDENTITY = {
+    "model": "/models/a",
+    "stability": {"level": 0.5, "stabilizers": {"feedback": {}}},
+    "data": {"train": "f00"},
+}
 
 
 def make_run(path, identity=IDENTITY):
@@ -115,7 +119,8 @@ def test_manifest_round_trip(tmp_path):
     assert manifest["seeds"] == {"train": 0}
     assert manifest["world_size"] == 2
     assert manifest["started_at"].endswith("+00:00")
-    assert {"python", "torch", "deepspeed", "transformers", "accelerate", "datasets", "ds_stability"} <= set(manifest["versions"])
+    named = {"python", "torch", "deepspeed", "transformers", "accelerate", "datasets", "ds_stability"}
+    assert named <= set(manifest["versions"])
     assert manifest["versions"]["python"].count(".") == 2
     assert len(manifest["hosts"]) == 1
     assert isinstance(manifest["command"], list)
