@@ -241,6 +241,7 @@ def run_case(name):
         "gathers": probed["gathers"],
         "inflight": probed["inflight"],
         "limited": limited(engine),
+        "failed": failed(engine),
         "disagreements": disagreements(case, probed_weights, probe_rows(name)),
     }
 
@@ -254,6 +255,25 @@ def limited(engine):
     probe = make_probe(engine, "limit")
     probe.config.max_gather_gib = 1e-9
     return [probe.run(1), probe.run(2)]
+
+
+def failed(engine):
+    """What each rank hears when one of them cannot generate."""
+    probe = make_probe(engine, "failed")
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        probe.engine.module.generate = out_of_luck
+    before = snapshot(engine)
+    try:
+        message = str(probe.run(1))
+    except RuntimeError as error:
+        message = str(error)
+    disturbed = [key for key, value in snapshot(engine).items() if before[key] != value]
+    vars(engine.module).pop("generate", None)
+    return message, disturbed
+
+
+def out_of_luck(*_, **__):
+    raise MemoryError("out of luck")
 
 
 def probe_rows(name):

@@ -25,7 +25,7 @@ STAGES = {
 RUNS = [{"name": name, "steps": 6, "poison": POISON, "stability": CONTROL, **case} for name, case in STAGES.items()]
 RUNS += [
     {"name": "level0", "steps": 6, "poison": POISON, "stability": {"level": 0.0}},
-    {"name": "fp16", "steps": 16, "stability": CONTROL, "ds": {"fp16": {"enabled": True, "initial_scale_power": 24}}},
+    {"name": "fp16", "steps": 16, "lr": 1e-4, "stability": CONTROL, "ds": {"fp16": {"enabled": True, "initial_scale_power": 24}}},
     {"name": "all_steps", "steps": 6, "poison": {**POISON, "step": "all"}, "stability": {**CONTROL, "max_skipped_steps": 2}},
     {"name": "masked_one", "steps": 4, "masked": {"step": 2, "micro": 0, "rank": 1}, "stability": CONTROL},
     {"name": "masked_one_level0", "steps": 4, "masked": {"step": 2, "micro": 0, "rank": 1}, "stability": {"level": 0}},

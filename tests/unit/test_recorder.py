@@ -224,5 +224,4 @@ def test_finite_floats_survive_exactly(tmp_path_factory, values):
 
 def test_tag_table_renders_in_markdown():
     # A "<" that opens a word would be taken for HTML, and the text would vanish.
-    import re
     assert not re.search(r"<[A-Za-z/!?]", tag_table_markdown())

@@ -1,0 +1,80 @@
+"""On one CUDA device: the same numbers as on the CPU, in bf16, with NCCL. Skipped where there is none."""
+
+import pytest
+import torch
+
+from ds_stability.controller import Setting
+from ds_stability.loss import StabilityLoss, TokenAccumulator, token_statistics
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def make_loss(device, chunk_size=None):
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    module = torch.nn.Linear(1, 1).train()
+    loss = StabilityLoss(module, ForCausalLMLoss, chunked=True, device=device, chunk_size=chunk_size)
+    loss.setting = Setting(gain=0.7, mu=5.0, sigma=2.0, mean_weight=1.2)
+    return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loss_gradient_and_sums_equal_the_cpu(dtype):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 33, 1000, dtype=dtype) * 3, torch.randint(0, 1000, (4, 33))
+    labels[0, :9] = -100
+    out = {}
+    for device in ("cpu", "cuda"):
+        leaf = logits.to(device).requires_grad_()
+        loss = make_loss(device)
+        value = loss(leaf, labels.to(device))
+        value.backward()
+        out[device] = (value.detach().cpu(), leaf.grad.float().cpu(), loss.train.vector().cpu())
+    torch.testing.assert_close(out["cuda"][0], out["cpu"][0], rtol=1e-5, atol=1e-6)
+    tolerance = 1e-7 if dtype == torch.float32 else 1e-4
+    torch.testing.assert_close(out["cuda"][1], out["cpu"][1], rtol=1e-2, atol=tolerance)
+    torch.testing.assert_close(out["cuda"][2], out["cpu"][2], rtol=1e-5, atol=1e-3)
+
+
+def test_no_host_synchronization_in_forward_and_backward():
+    loss = make_loss("cuda")
+    logits = torch.randn(2, 65, 5000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 5000, (2, 65), device="cuda")
+    loss(logits, labels).backward()  # first call: lazy initialization may synchronize
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(logits, labels).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_same_bits_twice():
+    def run():
+        torch.manual_seed(0)
+        accumulator = TokenAccumulator("cuda")
+        loss = make_loss("cuda", chunk_size=50)
+        logits = torch.randn(4, 257, 3000, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        loss(logits, torch.randint(0, 3000, (4, 257), device="cuda")).backward()
+        return loss.train.vector(), logits.grad, accumulator.vector()
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_no_fp32_tensor_of_tokens_times_vocabulary_is_kept():
+    tokens, vocabulary = 4096, 50_000
+    loss = make_loss("cuda", chunk_size=256)
+    logits = torch.randn(1, tokens, vocabulary, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (1, tokens), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss(logits, labels).backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < 1.25 * logits.numel() * 2 + 6 * 256 * vocabulary * 4  # the gradient in bf16, and a few chunks in fp32
+
+
+def test_entropy_of_extreme_logits():
+    logits = torch.tensor([[30.0, 0.0, -torch.inf, -torch.inf], [0.0, 0.0, 0.0, 0.0]], device="cuda")
+    _, entropy, _, _, _ = token_statistics(logits, torch.tensor([0, 1], device="cuda"), None)
+    exact = torch.distributions.Categorical(logits=logits[:, :2].double()[:1]).entropy()
+    torch.testing.assert_close(entropy[0].double(), exact[0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(entropy[1].double(), torch.tensor(4.0, device="cuda").double().log())
