@@ -29,7 +29,8 @@ from ds_stability.data import load_blocks  # noqa: E402
 from ds_stability.data.frequency import FILE_NAME  # noqa: E402
 from ds_stability.data.packing import pad_to_multiple  # noqa: E402
 from ds_stability.errors import UserError  # noqa: E402
-from ds_stability.export import export_model  # noqa: E402
+from ds_stability.export import check_exportable, export_model  # noqa: E402
+from ds_stability.gathered import base_model  # noqa: E402
 from ds_stability.integrations.transformers import enable  # noqa: E402
 from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
 from ds_stability.launchers.setup_model import build_model, load_config, load_tokenizer  # noqa: E402
@@ -114,13 +115,14 @@ def load_data(command: Command, tokenizer, args: TrainArguments):
     return agree(result)
 
 
-def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokenizer, frequent_file) -> None:
+def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokenizer, keeps_cache: bool) -> None:
     """Export, DONE."""
     if callback.evaluate_last and callback.evaluated_at != trainer.state.global_step:
         trainer.evaluate()  # a run that was resumed after its last step
     engine = engine_of(trainer.model)
+    base_model(engine.module).config.get_text_config().use_cache = keeps_cache  # off while documents were packed
     card = {"level": engine.stability.config.to_dict()["level"], "steps": trainer.state.global_step}
-    export_model(engine, tokenizer, run.final, card, frequent_file)
+    export_model(engine, tokenizer, run.final, card, run.path / FILE_NAME)
     if engine.stability.recorder is not None:
         engine.stability.recorder.close()
     finish_run(run)
@@ -132,6 +134,7 @@ def main(argv: list[str]) -> None:
     if command.resume and run.done.exists():
         raise UserError(f"--output_dir {run.path}: this run is complete (DONE); nothing is left to resume")
     config = load_config(command)  # before any process group: a wrong name or size costs seconds
+    keeps_cache = config.get_text_config().use_cache
     deepspeed.init_distributed()
     args = training_arguments(command)
     set_seed(args.seed)
@@ -140,6 +143,7 @@ def main(argv: list[str]) -> None:
     frequent = agree(lambda: high_frequency(command, tokenizer, config, train_data, facts))
     agree(lambda: start_run(command, run, config, facts, frequent, args))
     model = agree(lambda: build_model(command, config, tokenizer, args))
+    check_exportable(model)
     enable()
     if eval_data is not None:
         eval_data = pad_to_multiple(eval_data, args.world_size * args.per_device_eval_batch_size)
@@ -148,7 +152,7 @@ def main(argv: list[str]) -> None:
     trainer = StabilityTrainer(model=model, args=args, train_dataset=train_data, eval_dataset=eval_data,
                                data_collator=default_data_collator, callbacks=[callback])  # fmt: skip
     trainer.train(resume_from_checkpoint=command.resume)
-    finish(trainer, callback, run, tokenizer, run.path / FILE_NAME)
+    finish(trainer, callback, run, tokenizer, keeps_cache)
 
 
 if __name__ == "__main__":
