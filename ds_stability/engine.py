@@ -96,6 +96,8 @@ class StabilityMixin:
         """As DeepSpeed's (same signature: Trainer inspects it), with the stability state beside the shards."""
         tag = str(tag if tag is not None else f"global_step{self.global_steps}")
         state = self.stability.state_dict()
+        if self.stability.recorder is not None:
+            self.stability.recorder.flush()  # a run that goes on from here must find the lines up to here
         checkpoint.save(self, save_dir, tag, state)  # before `latest`, which DeepSpeed writes last
         return super().save_checkpoint(save_dir, tag=tag, client_state={**client_state, checkpoint.KEY: state},
                                        save_latest=save_latest,

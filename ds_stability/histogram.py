@@ -2,8 +2,8 @@
 
 A bin keeps (count, sum s, sum s^2). The ratio at any gain is then computed without another pass over tokens: a bin
 stands for two equal masses at its mean +- its standard deviation, which matches its first two moments (and, for
-symmetric bins, the third). On surprisal with sigma >= .3 nats this is within 1e-3 of the exact ratio for every gain up
-to 8 (tests/unit/test_histogram.py); bin centers alone are off by 10-25 %.
+symmetric bins, the third). Where sigma spans several bins this is within 1e-3 of the exact ratio for every gain up to 8
+(tests/unit/test_histogram.py); on narrower surprisal it can be off by .01, and bin centers alone by 10-25 %.
 
 Everything here is numpy, fp64 and pure: the same on every rank.
 """

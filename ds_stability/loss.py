@@ -206,12 +206,12 @@ class StabilityLoss:
         tokens = mask_N.sum()
         denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         objective_N, weight_N = weighted_N
-        coefficient_N = torch.where(mask_N, weight_N / self.setting.mean_weight, 0.0) / denominator
+        coefficient_N = torch.where(mask_N, weight_N / self.setting.mean_weight / denominator, 0.0)
         loss_sum = torch.where(mask_N, coefficient_N * objective_N, 0.0).sum()
         # A non-finite surprisal can still have a finite gradient; every rank has to see that this step is lost.
         coefficient_N = torch.where(loss_sum.isfinite(), coefficient_N, torch.nan)
         chunk = chunk_tokens(logits_NV, self.chunk_size)
-        labels_N = targets_N.clamp(min=0)
+        labels_N = torch.where(mask_N, targets_N, 0)
         if self.interleaved and self.forwards > self.backwards:
             raise StabilityConfigError(
                 "a second forward came before a backward through the loss of the first: either the training loss did not "
@@ -229,7 +229,8 @@ class StabilityLoss:
         chunk = chunk_tokens(logits_NV, self.chunk_size)
         for start in range(0, logits_NV.shape[0], chunk):
             logits_CV, targets_C = logits_NV[start : start + chunk], targets_N[start : start + chunk]
-            mask_C, labels_C = targets_C != ignore_index, targets_C.clamp(min=0)
+            mask_C = targets_C != ignore_index
+            labels_C = torch.where(mask_C, targets_C, 0)
             s_C, entropy_C, top1_C, lse_C, high_C = token_statistics(logits_CV, labels_C, self.high_frequency_V)
             weight_C = token_weights(s_C, self.setting) if keep else torch.ones_like(s_C)
             value_C = s_C

@@ -45,7 +45,9 @@ class StabilityMeasures:
     noise_gradient_sq: float = 0.0
 
     def update(self, sums: StepSums) -> None:
-        """Take in one applied step."""
+        """Take in one applied step, whose sums are finite."""
+        if not sums.finite:
+            raise ValueError("non-finite sums must not reach the measures")
         if sums["tokens"] > 0:
             self.loss.push(sums["surprisal"] / sums["tokens"])
         if sums["grad_sq"] > 0:

@@ -10,12 +10,16 @@ import torch
 
 
 class MicroGradientMeter:
-    """Sums over micro-batches of |gradient of the mean token loss|^2, and of the coefficient behind the reduced one."""
+    """Sums over micro-batches: |gradient of the mean token loss|^2 times tokens, and the coefficient behind the reduced one.
+
+    Weighting by tokens keeps the estimate unbiased when micro-batches are unequal: E|G_b|^2 = |G|^2 + tr(Sigma) / b, so the
+    weighted mean is |G|^2 + tr(Sigma) * micro-batches / tokens.
+    """
 
     def __init__(self, module: torch.nn.Module, device: torch.device, world_size: int):
         self.device, self.world_size = device, world_size
         self.norms: list[torch.Tensor] = []
-        self.scale = None
+        self.scale = self.tokens = None
         self.handles = [p.register_hook(self._tap) for p in module.parameters() if p.requires_grad]
         self.clear()
 
@@ -27,6 +31,7 @@ class MicroGradientMeter:
         """A backward begins: d loss / d token loss is grad_output / denominator for each of `tokens`."""
         self.close()
         self.scale = (grad_output.double() / denominator * tokens).to(self.device)
+        self.tokens = tokens
 
     def _tap(self, grad: torch.Tensor) -> None:
         if self.scale is not None:
@@ -37,6 +42,6 @@ class MicroGradientMeter:
         if self.scale is not None and self.norms:
             squared = torch.stack(self.norms).double().square().sum().to(self.device)
             some = self.scale > 0  # a micro-batch without supervised tokens has no gradient of its own
-            micro = torch.where(some, squared / self.scale.square(), 0.0)
+            micro = torch.where(some, self.tokens.to(self.device) * squared / self.scale.square(), 0.0)
             self.sums += torch.stack([micro, some.double(), self.scale / self.world_size])
         self.norms, self.scale = [], None

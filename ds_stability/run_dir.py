@@ -56,6 +56,15 @@ class RunDir:
         matches = [(re.fullmatch(r"checkpoint-(\d+)", entry.name), entry) for entry in self.path.iterdir()]
         return sorted((int(match.group(1)), entry) for match, entry in matches if match and entry.is_dir())
 
+    def complete_checkpoints(self) -> list[tuple[int, Path]]:
+        """`checkpoints` that a run can be continued from: writing them was not cut off.
+
+        Raises:
+            UserError: there is no manifest, which says how many ranks wrote them.
+        """
+        ranks = self.read_manifest().get("world_size", 1)
+        return [(step, path) for step, path in self.checkpoints() if is_complete_checkpoint(path, ranks)]
+
     def sample_file(self, step: int) -> Path:
         return self.samples / f"step-{step:08d}.jsonl"
 
@@ -77,6 +86,15 @@ class RunDir:
     def mark_done(self) -> None:
         """Write DONE. Call on rank 0 only, after a barrier, as the last write of the run."""
         write_atomic(self.done, utc_now() + "\n")
+
+
+def is_complete_checkpoint(path: Path, ranks: int = 1) -> bool:
+    """Whether Trainer finished writing a checkpoint: its state comes last, but for the other ranks' random states."""
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return len(list(path.glob("rng_state*.pth"))) >= ranks
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:

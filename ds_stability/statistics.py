@@ -31,7 +31,7 @@ STEP_FIELDS = (
     "grad_sq",  # |reduced gradient|^2, loss scale divided out
     "grad_dot_mean",  # <reduced gradient, running mean>, where averaging keeps one
     "mean_sq",  # |running mean|^2
-    "micro_grad_sq",  # sum over micro-batches of |gradient of the mean loss over its own tokens|^2
+    "micro_grad_sq",  # sum over micro-batches of tokens * |gradient of the mean loss over its own tokens|^2
     "micro_batches",  # how many of them had a supervised token
     "coefficient",  # sum over micro-batches of (d loss / d token loss) * tokens, over world size
     "update_sq",  # |parameter update|^2 of the last measured step
@@ -111,7 +111,7 @@ def noise_scale_terms(sums: StepSums) -> tuple[float, float] | None:
     """Unbiased (trace of the per-token gradient covariance, squared norm of the true gradient) of one step.
 
     McCandlish et al. 2018 (arXiv 1812.06162, appendix A.1): with |G_b|^2 measured at b tokens (one micro-batch of one
-    rank, averaged over them) and |G_B|^2 at B tokens (the global batch),
+    rank; token-weighted mean over them) and |G_B|^2 at B tokens (the global batch),
     |G|^2 = (B |G_B|^2 - b |G_b|^2) / (B - b) and tr(Sigma) = (|G_b|^2 - |G_B|^2) / (1/b - 1/B).
     Single-step values may be negative: average the two terms separately before dividing them.
 
@@ -121,7 +121,7 @@ def noise_scale_terms(sums: StepSums) -> tuple[float, float] | None:
     if count < 2 or tokens <= 0 or sums["coefficient"] <= 0:
         return None
     small_size, big_size = tokens / count, tokens
-    small = sums["micro_grad_sq"] / count
+    small = sums["micro_grad_sq"] / tokens
     big = sums["grad_sq"] / sums["coefficient"] ** 2
     trace = (small - big) / (1.0 / small_size - 1.0 / big_size)
     gradient_sq = (big_size * big - small_size * small) / (big_size - small_size)

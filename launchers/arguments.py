@@ -20,7 +20,7 @@ from ds_stability.config_errors import did_you_mean
 from ds_stability.data import DataSpec
 from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import UserError
-from ds_stability.run_dir import check_output_dir
+from ds_stability.run_dir import RunDir, check_output_dir, is_complete_checkpoint
 from ds_stability.schedule import parse_level_flag
 
 
@@ -270,20 +270,23 @@ def _data_spec(data: DataArguments) -> DataSpec:
 
 
 def _resume_path(training: dict[str, Any]) -> str | None:
-    """The checkpoint folder to continue from: `true` means the newest one in `output_dir`."""
+    """The checkpoint folder to continue from: `true` means the newest one in `output_dir` that was written to its end."""
     given = training["resume_from_checkpoint"]
     if given is None or str(given).lower() == "false":
         return None
     if str(given).lower() == "true":
-        from ds_stability.run_dir import RunDir
-
-        found = RunDir(training["output_dir"]).checkpoints()
+        run = RunDir(training["output_dir"])
+        found = run.complete_checkpoints() if run.checkpoints() else []
         if not found:
-            raise UserError(f"--resume_from_checkpoint true: {training['output_dir']} holds no checkpoint; leave the flag out, "
+            kind = "complete checkpoint" if run.checkpoints() else "checkpoint"
+            raise UserError(f"--resume_from_checkpoint true: {training['output_dir']} holds no {kind}; leave the flag out, "
                             "and use an empty --output_dir")  # fmt: skip
         return str(found[-1][1])
     if not os.path.isdir(given):
         raise UserError(f"--resume_from_checkpoint {given}: no such checkpoint folder; give true, or OUTPUT_DIR/checkpoint-N")
+    if not is_complete_checkpoint(Path(given)):
+        raise UserError(f"--resume_from_checkpoint {given}: is not a complete checkpoint (writing it was cut off, or it is no "
+                        "checkpoint); give true, or another checkpoint-N")  # fmt: skip
     return str(given)
 
 

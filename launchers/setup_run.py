@@ -29,14 +29,16 @@ def high_frequency(command: Command, tokenizer: Any, config: Any, train_data: An
                                    facts["corpus_fingerprint"])  # fmt: skip
 
 
-def start_run(command: Command, run: RunDir, config: Any, facts: dict, frequent: HighFrequencySet,
-              args: TrainArguments) -> None:  # fmt: skip
-    """Check that the directory is new, or holds this very run; rank 0 writes the manifest and high_frequency.json."""
-    identity = _identity(command, config, facts)
+def require_same_run(command: Command, run: RunDir, identity: dict[str, Any]) -> None:
+    """A checkpoint is only continued by the run that wrote it: same model, data and stability block."""
     if command.resume is not None:
         check_output_dir(run.path, True, identity)
-        return
-    if args.process_index != 0:
+
+
+def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: dict, frequent: HighFrequencySet,
+              args: TrainArguments) -> None:  # fmt: skip
+    """Write the manifest and high_frequency.json, on rank 0 of a new run; after all that can be wrong was checked."""
+    if command.resume is not None or args.process_index != 0:
         return
     run.create()
     resolved = {
@@ -52,7 +54,7 @@ def start_run(command: Command, run: RunDir, config: Any, facts: dict, frequent:
     frequent.save(os.fspath(run.path / FILE_NAME))
 
 
-def _identity(command: Command, config: Any, facts: dict) -> dict[str, Any]:
+def run_identity(command: Command, config: Any, facts: dict) -> dict[str, Any]:
     """What must agree for a checkpoint to be continued."""
     model = command.model
     architecture = json.dumps(config.to_dict(), sort_keys=True, default=str).encode()
@@ -65,6 +67,7 @@ def _identity(command: Command, config: Any, facts: dict) -> dict[str, Any]:
         "tokenizer": facts["tokenizer_hash"],
         "block_size": command.data.block_size,
         "seed": command.training["seed"],
+        "world_size": dist.get_world_size(),
         "stability": command.stability.to_dict(),
     }  # fmt: skip
 

@@ -34,7 +34,14 @@ from ds_stability.gathered import base_model  # noqa: E402
 from ds_stability.integrations.transformers import enable  # noqa: E402
 from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
 from ds_stability.launchers.setup_model import build_model, load_config, load_tokenizer  # noqa: E402
-from ds_stability.launchers.setup_run import RunCallback, finish_run, high_frequency, start_run  # noqa: E402
+from ds_stability.launchers.setup_run import (  # noqa: E402
+    RunCallback,
+    finish_run,
+    high_frequency,
+    require_same_run,
+    run_identity,
+    start_run,
+)
 from ds_stability.run_dir import RunDir  # noqa: E402
 
 
@@ -141,9 +148,11 @@ def main(argv: list[str]) -> None:
     tokenizer, config = agree(lambda: load_tokenizer(command, config))
     train_data, eval_data, facts = load_data(command, tokenizer, args)
     frequent = agree(lambda: high_frequency(command, tokenizer, config, train_data, facts))
-    agree(lambda: start_run(command, run, config, facts, frequent, args))
+    identity = run_identity(command, config, facts)
+    agree(lambda: require_same_run(command, run, identity))
     model = agree(lambda: build_model(command, config, tokenizer, args))
     check_exportable(model)
+    agree(lambda: start_run(command, run, identity, facts, frequent, args))
     enable()
     if eval_data is not None:
         eval_data = pad_to_multiple(eval_data, args.world_size * args.per_device_eval_batch_size)

@@ -19,16 +19,15 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def run_distributed(tmp_path_factory):
-    """`run_distributed(script, *args, ranks=2, timeout=300, env=None)` runs a script under the `deepspeed` launcher.
+def start_distributed(tmp_path_factory):
+    """`start_distributed(script, *args, ranks=2, env=None, output=PIPE)` starts a script under the `deepspeed` launcher.
 
-    On CPU, with one extension cache per session (a shared one makes runs wait for each other's lock). Returns the
-    CompletedProcess with stdout and stderr as text. Judge by a file that the script writes last, not by the exit code:
-    DeepSpeed on CPU now and then aborts after all work is done.
+    On CPU, with one extension cache per session (a shared one makes runs wait for each other's lock). Returns the Popen,
+    the leader of a process group of its own: `os.killpg(process.pid, SIGKILL)` ends the launcher and its ranks.
     """
     extensions = tmp_path_factory.mktemp("torch_extensions")
 
-    def run(script, *args: str, ranks: int = 2, timeout: int = 300, env: dict[str, str] | None = None):
+    def start(script, *args: str, ranks: int = 2, env: dict[str, str] | None = None, output: int = subprocess.PIPE):
         environment = {
             **os.environ,
             "DS_ACCELERATOR": "cpu",
@@ -39,21 +38,28 @@ def run_distributed(tmp_path_factory):
         }
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
         command += ["--master_port", str(free_port()), str(script), *map(str, args)]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,  # so that a time-out can end the launcher and its ranks, and nothing else
-        )
+        return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment, start_new_session=True)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_distributed(start_distributed):
+    """`run_distributed(script, *args, ranks=2, timeout=300, env=None)` runs a script under the `deepspeed` launcher.
+
+    Returns the CompletedProcess with stdout and stderr as text. Judge by a file that the script writes last, not by the
+    exit code: DeepSpeed on CPU now and then aborts after all work is done.
+    """
+
+    def run(script, *args: str, ranks: int = 2, timeout: int = 300, env: dict[str, str] | None = None):
+        process = start_distributed(script, *args, ranks=ranks, env=env)
         try:
             stdout, stderr = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             stdout, stderr = process.communicate()
             pytest.fail(f"{script} {args} took more than {timeout} s\n{stdout[-3000:]}\n{stderr[-3000:]}")
-        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
 

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 
+MAX_LOG_THRESHOLD = 80.0  # below the largest fp32 number, 88.7
+
+
 def threshold_deviations(level: float) -> float:
     """k(L) = 4 (1 - L) / L - 4 L: infinite at 0, 0 near L = .62, -4 at 1 (design section 3)."""
     return math.inf if level <= 0.0 else 4.0 * (1.0 - level) / level - 4.0 * level
@@ -45,9 +48,13 @@ class Clipping:
         correction = 1.0 - self.ema_decay**self.state.steps
         mean = self.state.mean / correction
         deviation = math.sqrt(max(self.state.square / correction - mean**2, 0.0))
-        self.threshold = math.exp(mean + k * deviation)
+        exponent = mean + k * deviation
+        # k grows without bound as the level nears 0: a threshold that no norm can reach is none.
+        self.threshold = math.exp(exponent) if exponent < MAX_LOG_THRESHOLD else None
 
     def update(self, sums):
+        if not sums.finite:
+            raise ValueError("non-finite sums must not reach the controller")
         if sums["grad_sq"] > 0.0:
             log_norm, keep = 0.5 * math.log(sums["grad_sq"]), self.ema_decay
             self.state.steps += 1

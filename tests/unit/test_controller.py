@@ -127,7 +127,7 @@ def test_level_one_saturates_at_gain_max(gain_max):
     control = controller(1.0, gain_max=gain_max)
     rows = simulate(control, 40)
     assert (rows[15:, 0] == gain_max).all() and (rows[15:, 2] == 1).all()
-    assert not rows[:10, 2].any() and control.state.integral == 0.0
+    assert not rows[:10, 2].any() and control.state.integral == control.state.trim == 0.0
 
 
 def test_leaving_saturation_is_quick():

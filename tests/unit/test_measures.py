@@ -111,7 +111,7 @@ def test_noise_scale_averages_both_terms_before_dividing():
     rng = np.random.default_rng(2)
     for _ in range(30):
         small, big = rng.uniform(5, 9), rng.uniform(1, 3)
-        measures.update(step(tokens=32.0, micro_batches=4.0, micro_grad_sq=4 * small, grad_sq=0.25 * big, coefficient=0.5))
+        measures.update(step(tokens=32.0, micro_batches=4.0, micro_grad_sq=32 * small, grad_sq=0.25 * big, coefficient=0.5))
         trace = NOISE_SCALE_DECAY * trace + (small - big) / (1 / 8 - 1 / 32)
         gradient_sq = NOISE_SCALE_DECAY * gradient_sq + (32 * big - 8 * small) / 24
         measured = measures.metrics()["stability/gradient_noise_scale"]
@@ -120,10 +120,10 @@ def test_noise_scale_averages_both_terms_before_dividing():
 
 def test_noise_scale_is_none_while_the_gradient_term_is_negative_and_held_without_terms():
     measures = StabilityMeasures()
-    measures.update(step(tokens=32.0, micro_batches=4.0, micro_grad_sq=400.0, grad_sq=1.0, coefficient=1.0))
+    measures.update(step(tokens=32.0, micro_batches=4.0, micro_grad_sq=3200.0, grad_sq=1.0, coefficient=1.0))
     assert measures.noise_gradient_sq < 0 and measures.noise_scale is None
     for _ in range(40):
-        measures.update(step(tokens=32.0, micro_batches=4.0, micro_grad_sq=5.0, grad_sq=1.0, coefficient=1.0))
+        measures.update(step(tokens=32.0, micro_batches=4.0, micro_grad_sq=40.0, grad_sq=1.0, coefficient=1.0))
     before = measures.noise_scale
     assert before is not None
     measures.update(step(micro_batches=1.0, micro_grad_sq=5.0, coefficient=1.0))

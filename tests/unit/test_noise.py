@@ -80,7 +80,7 @@ def test_micro_norms_are_those_of_mean_losses_whatever_the_scale(plan, items, ch
     wanted, coefficient = 0.0, 0.0
     for micro, scale in zip(micros, scales, strict=True):
         gradient, tokens = mean_loss_gradient(model, micro, SETTING if chunked else None)
-        wanted += float(gradient.square().sum())
+        wanted += tokens * float(gradient.square().sum())
         coefficient += scale * tokens / (items or tokens) / world_size
     assert meter.sums.tolist() == pytest.approx([wanted, len(plan), coefficient], rel=1e-4)
     meter.close()
@@ -93,8 +93,8 @@ def test_micro_norms_are_those_of_mean_losses_whatever_the_scale(plan, items, ch
 def test_a_micro_batch_without_tokens_does_not_count(chunked):
     micros = [make_micro(0, 12), make_micro(1, 0), make_micro(2, 12)]
     model, meter = run_step(micros, [2.0, 3.0, 5.0], chunked=chunked)
-    gradient, _ = mean_loss_gradient(model, micros[1], SETTING if chunked else None)
-    assert meter.sums.tolist() == pytest.approx([float(gradient.square().sum()), 1.0, 3.0], rel=1e-4)
+    gradient, tokens = mean_loss_gradient(model, micros[1], SETTING if chunked else None)
+    assert meter.sums.tolist() == pytest.approx([tokens * float(gradient.square().sum()), 1.0, 3.0], rel=1e-4)
 
 
 def test_backward_passes_that_are_not_the_losss_are_not_counted():

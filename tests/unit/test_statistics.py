@@ -183,8 +183,8 @@ def test_gradient_metrics_are_norm_cosine_and_update_ratio():
     assert metrics["stability/update_ratio"] == pytest.approx(norm(update) / norm(parameter))
 
 
-@pytest.mark.parametrize("micro_batches, size, scale", [(4, 16, 1.0), (8, 4, 0.125), (2, 64, 512.0)])
-def test_noise_scale_terms_recover_a_known_covariance(micro_batches, size, scale):
+@pytest.mark.parametrize("sizes, scale", [([16] * 4, 1.0), ([4] * 8, 0.125), ([64] * 2, 512.0), ([2, 2, 30, 30], 1.0)])
+def test_noise_scale_terms_recover_a_known_covariance(sizes, scale):
     """Per-token gradients g + noise with tr(Sigma) = 9 and |g|^2 = 4: both terms are unbiased over many steps."""
     rng = np.random.default_rng(6)
     dimension, steps = 20, 4000
@@ -192,11 +192,12 @@ def test_noise_scale_terms_recover_a_known_covariance(micro_batches, size, scale
     truth = np.full(dimension, math.sqrt(4.0 / dimension))
     terms = []
     for _ in range(steps):
-        means = truth + rng.normal(size=(micro_batches, dimension)) * deviations / math.sqrt(size)  # mean of `size` tokens
-        reduced = scale * means.sum(0)  # whatever the trainer divides by, its sum over micro-batches is `coefficient`
+        tokens = np.array(sizes)[:, None]
+        means = truth + rng.normal(size=(len(sizes), dimension)) * deviations / np.sqrt(tokens)
+        reduced = scale * (tokens * means).sum(0)  # whatever the trainer divides by, its sum over tokens is `coefficient`
         terms.append(noise_scale_terms(sums_of(
-            tokens=micro_batches * size, micro_batches=micro_batches, micro_grad_sq=(means**2).sum(),
-            grad_sq=(reduced**2).sum(), coefficient=scale * micro_batches,
+            tokens=sum(sizes), micro_batches=len(sizes), micro_grad_sq=(tokens * means**2).sum(),
+            grad_sq=(reduced**2).sum(), coefficient=scale * sum(sizes),
         )))  # fmt: skip
     trace, gradient_sq = np.mean(terms, axis=0)
     errors = np.std(terms, axis=0) / math.sqrt(steps)
