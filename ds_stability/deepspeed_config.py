@@ -203,6 +203,8 @@ def unsupported_features(ds_config: dict[str, Any]) -> list[str]:
         "zero_optimization.zenflow": ("ZenFlow", zero.get("zenflow") is not None),
         "zero_optimization.offload_optimizer.super_offload": (
             "SuperOffload", _is_on(section(zero, "offload_optimizer"), "super_offload")),
+        "zero_optimization.offload_optimizer.device": (
+            "NVMe optimizer offload", section(zero, "offload_optimizer").get("device") == "nvme"),
         "optimizer.type": ("the Muon optimizer", isinstance(optimizer, str) and optimizer.lower() == "muon"),
         "compile.deepcompile": ("DeepCompile", _is_on(section(ds_config, "compile"), "deepcompile")),
         "torch_autocast.dtype": (
@@ -226,7 +228,6 @@ def untested_features(ds_config: dict[str, Any]) -> list[str]:
         "zero_optimization.zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) != 1,
         "zero_optimization.zero_quantized_weights": _is_on(zero, "zero_quantized_weights"),
         "zero_optimization.zero_quantized_gradients": _is_on(zero, "zero_quantized_gradients"),
-        "zero_optimization.offload_optimizer.device": section(zero, "offload_optimizer").get("device") == "nvme",
         "zero_optimization.offload_param.device": section(zero, "offload_param").get("device") == "nvme",
     }
     return [path for path, present in found.items() if present]

@@ -12,6 +12,7 @@ from deepspeed import comm as dist
 from ds_stability.collective import reduce_step, require_equal
 from ds_stability.config import StabilityConfig
 from ds_stability.controller import FeedbackController
+from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
 from ds_stability.gradients import reduced_gradients, squared_norm
 from ds_stability.histogram import NUM_BINS
@@ -59,6 +60,8 @@ class Stability:
         self.meter = UpdateMeter(self.config.statistics.update_ratio_interval, self.device)
         self.hooks = OptimizerHooks(self.gradients, self.averaging, self.regularization, self.meter)
         self.loss = self._install_loss(model, engine)
+        self.measured = False  # whether the step being closed has token statistics
+        self._load_high_frequency(model)
         self.noise = None
         if self.config.statistics.gradient_noise_scale and self.loss is not None:
             self.noise = MicroGradientMeter(engine.module, self.device, engine.seq_dp_world_size)
@@ -113,6 +116,13 @@ class Stability:
         model.loss_function = loss
         return loss
 
+    def _load_high_frequency(self, model) -> None:
+        path = self.config.statistics.high_frequency_file
+        if path is not None and self.loss is not None:
+            vocab_size = model.config.get_text_config().vocab_size
+            frequent = HighFrequencySet.load(path, vocab_size)
+            self.set_high_frequency(list(frequent.token_ids), vocab_size)
+
     def set_high_frequency(self, token_ids: list[int], vocab_size: int) -> None:
         """Measure the mass on `token_ids` (the high-frequency set) from now on; `vocab_size` is the width of the logits."""
         mask_V = torch.zeros(vocab_size, dtype=torch.float32, device=self.device)
@@ -134,6 +144,7 @@ class Stability:
         """Pack this rank's sums, reduce them over all ranks, and start the accumulators anew."""
         tokens = torch.zeros(len(TOKEN_FIELDS) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
         if self.loss is not None:
+            self.measured = self.loss.measure and self.loss.forwards > 0
             self.loss.require_used()
             tokens = self.loss.train.vector()
             self.loss.train.reset()
@@ -196,6 +207,8 @@ class Stability:
         self._prepare()
         self._publish()
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
+            if self.recorder is not None:
+                self.recorder.flush()  # nobody else will: the lines that say what happened
             raise SkippedStepsError(
                 f"{self.skipped_in_a_row} optimizer steps in a row were skipped, the last for non-finite "
                 f"{', '.join(non_finite_fields(sums)) or 'gradient norm'}; the weights are those of the last applied step"
@@ -204,6 +217,8 @@ class Stability:
     def _step_metrics(self, sums: StepSums, elapsed: float) -> dict[str, float | None]:
         known = self.loss is not None and self.loss.high_frequency_V is not None
         metrics = token_metrics(sums, known) | gradient_metrics(sums)
+        if not self.measured:
+            metrics["stability/tokens"] = None  # 0 would say that every label was masked
         clips = [clip for clip in (self.engine.gradient_clipping(), self.clipping and self.clipping.threshold) if clip]
         norm = metrics["grad_norm"]
         metrics["stability/grad_norm_clipped"] = min([norm, *clips])

@@ -141,8 +141,12 @@ def parse_command(argv: list[str]) -> Command:
     stability = stability.resolve(pretrained=model.model_name_or_path is not None)
     _follow_ds_config(training, ds_config, given | recipe.keys())
     _check_training(training)
+    if stability.resolved_loss_path == "chunked":
+        _check_loss_flags(training)
     spec = _data_spec(data)
     spec.check()
+    if data.streaming and training["max_steps"] <= 0:
+        raise UserError("--streaming has no known length: give --max_steps, the number of optimizer steps to train")
     if data.block_size < 2:
         raise UserError(f"--block_size {data.block_size}: allowed is a number of tokens from 2")
     resume = _resume_path(training)
@@ -255,6 +259,9 @@ def _check_training(training: dict[str, Any]) -> None:
             raise UserError(f"--{flag} {training[flag]}: allowed is a number above 0")
     if not training["output_dir"]:
         raise UserError("--output_dir is not given; give a new or empty folder for this run")
+
+
+def _check_loss_flags(training: dict[str, Any]) -> None:
     for flag in ("label_smoothing_factor", "use_liger_kernel"):
         if training[flag]:
             raise UserError(f"--{flag} {training[flag]} takes the loss away from the model, where the stability level acts; "

@@ -14,7 +14,7 @@ from ds_stability.run_dir import RunDir, is_complete_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, TIMEOUT = 14, 300
-TINY = "hidden_size=32,intermediate_size=56,num_attention_heads=2,num_key_value_heads=2,num_hidden_layers="
+TINY = "attention_dropout=0.1,hidden_size=32,intermediate_size=56,num_attention_heads=2,num_key_value_heads=2,num_hidden_layers="
 
 
 def flags(folder, name, *more, layers=2):

@@ -45,6 +45,9 @@ RUNS = {
     "no_labels_plain": {"enable": False, "trainer": "NoLabelsTrainer"},
     "ranks_differ": {"block_of_rank": [HALF, {**HALF, "level": 0.6}]},
     "wrong_key": {"block": {"levl": 0.5}},
+    "evaluate_plain": {"enable": False, "evaluate_only": True, "evaluation": ["a"]},
+    "evaluate_only": {"block": HALF, "evaluate_only": True, "evaluation": ["a"]},
+    "not_finite": {"block": {**HALF, "max_skipped_steps": 2}, "poison": True},
 }  # fmt: skip
 
 
@@ -116,7 +119,7 @@ def test_trainer_and_accelerate_see_a_deepspeed_engine(runs, name):
 
 
 def test_disable_undoes_enable(runs):
-    assert all(result["undone"] for result in runs[1].values())
+    assert all(result["undone"] for result in runs[1].values() if "undone" in result)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("zero", 4), ("half", 6), ("half_resumed", 6), ("four_resumed", 6)])
@@ -157,7 +160,7 @@ def test_four_stabilizers_act_together(runs):
 
 
 def test_every_rank_holds_the_same_state(runs):
-    assert all(result["same_on_ranks"] for result in runs[1].values() if result["extended"])
+    assert all(result["same_on_ranks"] for result in runs[1].values() if result.get("extended"))
 
 
 def test_evaluation_changes_no_state(runs):
@@ -239,3 +242,17 @@ def test_a_loss_of_its_own_trains_as_ever_at_level_zero(runs):
     assert [row["cross_entropy"] for row in lines(out / "no_labels_zero")] == [None] * 4
     assert lines(out / "no_labels_zero")[0]["grad_norm"] > 0
     assert output.count("token statistics are null") == 1  # once, from one rank
+
+
+def test_an_engine_without_an_optimizer_is_left_alone(runs):
+    _, results, _ = runs
+    plain, ours = results["evaluate_plain"], results["evaluate_only"]
+    assert plain["engine"] == ours["engine"] == "DeepSpeedEngine"
+    assert [row["eval_loss"] for row in plain["log"]] == [row["eval_loss"] for row in ours["log"]] != []
+
+
+def test_a_run_of_skipped_steps_ends_with_all_its_lines_written(runs):
+    out, _, _ = runs
+    for text in errors(out, "not_finite"):
+        assert text.startswith("SkippedStepsError: 2 optimizer steps in a row were skipped") and "\n" not in text
+    assert [(row["step"], row["skipped"], row["loss"]) for row in lines(out / "not_finite")] == [(1, True, None), (2, True, None)]

@@ -35,9 +35,10 @@ DEFAULTS = {
     "lora": False,
     "trainer": "Trainer",
     "evaluation": None,  # names of evaluation sets; None: no evaluation
-    "predict_first": False,  # a prediction before the training's first evaluation
     "resume": None,  # {"run": name, "step": n}: continue a copy of that run's folder from checkpoint-n
-    "evaluate_after": False,
+    "evaluate_after": False,  # a prediction, then an evaluation, after the training
+    "evaluate_only": False,
+    "poison": False,  # weights that are NaN from the start
 }
 
 
@@ -89,6 +90,8 @@ def build_model(run):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
                                          num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
                                          use_cache=False, initializer_range=0.2))  # fmt: skip
+    if run["poison"]:
+        torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     if run["lora"]:
         from peft import LoraConfig, get_peft_model
 
@@ -141,13 +144,19 @@ def execute(run, out, rank):
         integration.enable()
     try:
         trainer = build_trainer(run, folder, rank)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if not run["evaluate_only"]:
+            trainer.train(resume_from_checkpoint=checkpoint)
         if run["evaluate_after"]:
             trainer.predict(Sequences(8, 7))
+        if run["evaluate_after"] or run["evaluate_only"]:
             trainer.evaluate()
     finally:
         integration.disable()
     engine = trainer.model_wrapped
+    if run["evaluate_only"]:
+        if rank == 0:
+            torch.save({"log": trainer.state.log_history, "engine": type(engine).__name__}, out / f"{run['name']}.pt")
+        return
     result = {
         "weights": full_weights(engine),
         "log": trainer.state.log_history,

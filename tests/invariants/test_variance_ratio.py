@@ -33,8 +33,8 @@ def test_the_level_is_reached(rows, case, record_property):
     ratios = [row["stability/variance_ratio"] for row in rows[case]]
     assert min(row["stability/tokens"] for row in rows[case]) > 900  # 1,024 less the first tokens of documents
     estimate = load_common().mean_over_time(ratios[WARMUP + 30 : WARMUP + 130])
-    print(f"{case}: ratio {estimate.value:.4f} +- {estimate.stderr:.4f}, asked {1 - level}")
-    assert estimate.value == pytest.approx(1 - level, abs=0.02)
+    print(f"{case}: ratio {estimate.mean:.4f} +- {estimate.error:.4f}, asked {1 - level}")
+    assert estimate.mean == pytest.approx(1 - level, abs=0.02)
 
 
 @pytest.mark.parametrize("case", CASES)
