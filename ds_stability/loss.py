@@ -106,7 +106,7 @@ class _WeightedLoss(torch.autograd.Function):
     def forward(ctx, logits_NV, labels_N, coefficient_N, loss_sum, objective, chunk, on_backward):
         ctx.save_for_backward(logits_NV, labels_N, coefficient_N)
         ctx.objective, ctx.chunk, ctx.on_backward = objective, chunk, on_backward
-        return loss_sum
+        return loss_sum.clone()  # returned as it came it would be a view, which Trainer may not scale in place
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -18,7 +18,9 @@ FOUR = {
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 1}
 LORA = {"lora": True, "steps": 18, "block": {"level": 0.5, "controller": {"warmup_steps": 8, "ramp_steps": 2}},
-        "arguments": {"learning_rate": 5e-2}}  # fmt: skip
+        "arguments": {"learning_rate": 5e-2, "save_strategy": "steps", "save_steps": 10}}  # fmt: skip
+# Three accumulation steps do not divide an epoch of 16 micro-batches: its last step has one.
+BF16 = {"config": "zero2_bf16.json", "accumulation": 3, "steps": 7, "arguments": {"bf16": True}}
 RUNS = {
     "plain": {"enable": False},
     "plain_block": {"enable": False, "block": HALF},  # DeepSpeed ignores a key that it does not know
@@ -35,7 +37,11 @@ RUNS = {
                                                           "gradient_checkpointing_kwargs": {"use_reentrant": True}}},
     "lora_start": {"enable": False, "lora": True, "steps": 1},
     "lora": LORA,
+    "lora_resumed": {**LORA, "resume": {"run": "lora", "step": 10}},
     "lora_checkpointing": {**LORA, "arguments": {"learning_rate": 5e-2, "activation_checkpointing": True}},
+    "bf16_plain": {**BF16, "enable": False},
+    "bf16_zero": {**BF16, "block": {"level": 0}},
+    "bf16_half": {**BF16, "block": HALF},
     "smoothing": {"block": HALF, "arguments": {"label_smoothing_factor": 0.1}},
     "liger": {"block": HALF, "arguments": {"use_liger_kernel": True}},
     "function": {"block": HALF, "trainer": "FunctionTrainer"},
@@ -91,12 +97,20 @@ def test_without_enable_the_block_is_inert(runs):
     assert not results["plain_block"]["extended"]
 
 
-def test_level_zero_is_plain_training_to_the_bit(runs):
+@pytest.mark.parametrize(("plain", "zero"), [("plain", "zero"), ("bf16_plain", "bf16_zero")])
+def test_level_zero_is_plain_training_to_the_bit(runs, plain, zero):
     _, results, _ = runs
-    plain, zero = results["plain"], results["zero"]
-    assert equal(plain["weights"], zero["weights"])
+    assert equal(results[plain]["weights"], results[zero]["weights"])
     for key in ("loss", "grad_norm", "learning_rate"):
-        assert [row[key] for row in plain["log"][:4]] == [row[key] for row in zero["log"][:4]]
+        assert [row.get(key) for row in results[plain]["log"]] == [row.get(key) for row in results[zero]["log"]]
+
+
+def test_other_stages_and_precisions_are_extended_the_same_way(runs):
+    out, results, _ = runs
+    assert results["bf16_half"]["world"] == [2, 2, 2] and not equal(results["bf16_half"]["weights"], results["bf16_zero"]["weights"])
+    rows = lines(out / "bf16_half")
+    assert rows[5]["stability/tokens"] < 0.5 * rows[4]["stability/tokens"]  # the short step at the end of the epoch
+    assert all(row["stability/variance_ratio"] < 0.9 for row in rows[3:])
 
 
 def test_level_half_changes_the_training_and_says_by_how_much(runs):
@@ -141,7 +155,7 @@ def test_nothing_is_recorded_without_enable(runs):
     assert not (runs[0] / "plain" / "metrics.jsonl").exists() and not (runs[0] / "plain" / "tensorboard").exists()
 
 
-@pytest.mark.parametrize("name", ["half", "four"])
+@pytest.mark.parametrize("name", ["half", "four", "lora"])
 def test_resumed_equals_uninterrupted_to_the_bit(runs, name):
     out, results, _ = runs
     whole, resumed = results[name], results[f"{name}_resumed"]

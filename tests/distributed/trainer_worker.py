@@ -29,6 +29,7 @@ DEFAULTS = {
     "enable": True,
     "block": None,  # the stability block; None: the config has none
     "block_of_rank": None,  # one block per rank
+    "config": "zero3_cpu.json",
     "steps": 4,
     "accumulation": 2,
     "arguments": {},  # more TrainingArguments
@@ -102,7 +103,7 @@ def build_model(run):
 
 
 def build_trainer(run, folder, rank):
-    config = json.loads((REPOSITORY / "ds_configs" / "zero3_cpu.json").read_text())
+    config = json.loads((REPOSITORY / "ds_configs" / run["config"]).read_text())
     del config["stability"]
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     block = run["block_of_rank"][rank] if run["block_of_rank"] else run["block"]
