@@ -45,6 +45,8 @@ class Stability:
         metrics: values of the last optimizer step, by the keys of the tag table; None where undefined.
         listeners: called with (step, metrics) after every optimizer step, applied or skipped, on every rank.
         recorder: the run's `Recorder` on rank 0 where an integration made one, else None.
+        probe: the `Probe` that an integration runs at its interval, or None.
+        high_frequency_ids: the high-frequency set, or None.
         feedback, clipping, averaging, regularization: the stabilizers; None where absent.
     """
 
@@ -60,6 +62,7 @@ class Stability:
         self.meter = UpdateMeter(self.config.statistics.update_ratio_interval, self.device)
         self.hooks = OptimizerHooks(self.gradients, self.averaging, self.regularization, self.meter)
         self.loss = self._install_loss(model, engine)
+        self.high_frequency_ids: list[int] | None = None
         self.measured = False  # whether the step being closed has token statistics
         self._load_high_frequency(model)
         self.noise = None
@@ -69,7 +72,7 @@ class Stability:
         self.applied_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.metrics: dict[str, float | None] = {}
         self.listeners: list[Callable[[int, dict], None]] = []
-        self.recorder = None
+        self.recorder = self.probe = None
         self.started = time.perf_counter()
         self._prepare()
 
@@ -125,6 +128,7 @@ class Stability:
 
     def set_high_frequency(self, token_ids: list[int], vocab_size: int) -> None:
         """Measure the mass on `token_ids` (the high-frequency set) from now on; `vocab_size` is the width of the logits."""
+        self.high_frequency_ids = token_ids
         mask_V = torch.zeros(vocab_size, dtype=torch.float32, device=self.device)
         mask_V[torch.tensor(token_ids, dtype=torch.long, device=self.device)] = 1.0
         self.loss.high_frequency_V = mask_V

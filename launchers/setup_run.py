@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from ds_stability import engine_of
+from ds_stability.console import agree
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
 from ds_stability.data.tokenizer import tokenizer_hash
 from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
@@ -79,7 +80,7 @@ def _hosts() -> list[str]:
 
 
 class RunCallback(TrainerCallback):
-    """Gives the engine the high-frequency set, and probes at the interval of the block.
+    """Gives the engine the high-frequency set and the probe, and asks for the last evaluation.
 
     Args:
         blocks: where prompts are cut from, if the block names no prompts_file.
@@ -90,17 +91,16 @@ class RunCallback(TrainerCallback):
                  evaluate_last: bool):  # fmt: skip
         self.evaluate_last = evaluate_last
         self.command, self.run, self.tokenizer, self.blocks, self.frequent = command, run, tokenizer, blocks, frequent
-        self.probe: Probe | None = None
-        self.engine = None
         self.evaluated_at: int | None = None  # step of the last held-out evaluation
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.engine = engine_of(model)
-        self.engine.stability.set_high_frequency(list(self.frequent.token_ids), self.frequent.vocab_size)
+        engine = engine_of(model)
+        engine.stability.set_high_frequency(list(self.frequent.token_ids), self.frequent.vocab_size)
         config = self.command.stability.probe
         if config.interval > 0:
-            self.probe = Probe(self.engine, self.tokenizer, config, self.frequent.token_ids, self.run,
-                               self._prompts(config), seed=args.seed)  # fmt: skip
+            prompts = agree(lambda: self._prompts(config))
+            engine.stability.probe = agree(lambda: Probe(engine, self.tokenizer, config, self.frequent.token_ids, self.run,
+                                                         prompts, seed=args.seed))  # fmt: skip
 
     def _prompts(self, config) -> list[list[int]]:
         if config.prompts_file is not None:
@@ -110,10 +110,6 @@ class RunCallback(TrainerCallback):
         return prompts_from_blocks(blocks, config.num_prompts, length)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.probe is not None and self.probe.due(state.global_step):
-            values = self.probe.run(state.global_step)
-            if self.engine.stability.recorder is not None:
-                self.engine.stability.recorder.record(state.global_step, values)
         if state.global_step >= state.max_steps and self.evaluate_last:
             control.should_evaluate = True  # the last step's line holds the final held-out figures
 

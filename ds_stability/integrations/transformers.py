@@ -25,6 +25,7 @@ from ds_stability.config import split_config
 from ds_stability.console import agree
 from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import StabilityConfigError
+from ds_stability.probe import Probe, prompts_from_file
 from ds_stability.recorder import Recorder
 from ds_stability.run_dir import RunDir
 
@@ -150,8 +151,17 @@ class StabilityCallback(TrainerCallback):
             engine.stability.recorder = recorder
             engine.stability.listeners.append(recorder.record)
 
+    def on_step_begin(self, args, state, control, processing_class=None, **kwargs):
+        stability = self.engine.stability if self.engine is not None else None
+        if stability is not None and stability.probe is None and stability.config.probe.interval > 0:
+            stability.probe = agree(lambda: _make_probe(self.engine, processing_class, args))
+
     def on_step_end(self, args, state, control, **kwargs):
         stability = self.engine.stability if self.engine is not None else None
+        if stability is not None and stability.probe is not None and stability.probe.due(state.global_step):
+            values = stability.probe.run(state.global_step)  # on every rank
+            if self.recorder is not None:
+                self.recorder.record(state.global_step, values)
         if stability is not None and stability.applied_steps == 1 and not stability.metrics["stability/tokens"]:
             if state.is_world_process_zero:
                 logger.warning(
@@ -191,6 +201,19 @@ class StabilityCallback(TrainerCallback):
         self.training = False
         if self.recorder is not None:
             self.recorder.flush()
+
+
+def _make_probe(engine, tokenizer, args: transformers.TrainingArguments) -> Probe:
+    """The probe of a script that only calls `enable`: its prompts come from a file, its tokenizer from the trainer."""
+    config = engine.stability.config.probe
+    if config.prompts_file is None or tokenizer is None:
+        missing = "stability.probe.prompts_file is null" if config.prompts_file is None else "the trainer has no processing_class"
+        raise StabilityConfigError(
+            f"stability.probe.interval is {config.interval}, but {missing}; a probe needs a file of prompts, one a line, and a "
+            "tokenizer, or set the interval to 0"
+        )
+    prompts = prompts_from_file(config.prompts_file, tokenizer, config.num_prompts)
+    return Probe(engine, tokenizer, config, engine.stability.high_frequency_ids, RunDir(args.output_dir), prompts, args.seed)
 
 
 def _open_recorder(output_dir: str, resume_step: int | None) -> Recorder:

@@ -1,0 +1,180 @@
+"""Render docs/results.md and its figures from docs/results/*.json; no figure is typed by hand.
+
+    python benchmarks/render.py [--results docs/results] [--page docs/results.md] [--check]
+
+The results files are those that demo.py, smollm2.py and overhead.py write (`cp runs/demo/demo.json docs/results/`). In the
+page, what stands between `<!-- generated: NAME -->` and `<!-- end -->` is made from NAME.json; the rest is written by hand.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import common
+import demo
+import figures
+import overhead
+import smollm2
+
+from ds_stability.run_dir import write_atomic
+
+DOCS = common.REPOSITORY / "docs"
+VERSIONS = ("python", "torch", "deepspeed", "transformers", "accelerate")
+SAMPLE_CHARACTERS = 400
+_MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default=str(DOCS / "results"), help="folder of the results files")
+    parser.add_argument("--page", default=str(DOCS / "results.md"), help="page with the marks; figures go beside it")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the page is out of date")
+    arguments = parser.parse_args()
+    page = Path(arguments.page)
+    before = page.read_text(encoding="utf-8")
+    after = filled(before, Path(arguments.results))
+    if arguments.check:
+        if after != before:
+            print(f"error: {page.name} is out of date; run python benchmarks/render.py", file=sys.stderr)
+        return int(after != before)
+    write_atomic(page, after)
+    for path in draw(Path(arguments.results), page.parent / "figures"):
+        print(path)
+    return 0
+
+
+def filled(text: str, results: Path) -> str:
+    """`text` with every generated part made anew.
+
+    Raises:
+        KeyError: a mark with a name that is not in SECTIONS.
+    """
+    return _MARKED.sub(lambda match: f"{match[1]}\n{section(match[2], results)}\n\n{match[3]}", text)
+
+
+def section(name: str, results: Path) -> str:
+    """The Markdown of one results file."""
+    body = SECTIONS[name]
+    result = load(name, results)
+    if result is None:
+        return f"Not measured yet: there is no `{name}.json` among the results files."
+    return f"{provenance(result)}\n\n{body(result)}"
+
+
+def load(name: str, results: Path) -> dict[str, Any] | None:
+    """A results file, or None if there is none.
+
+    Raises:
+        ValueError: the file is of another kind.
+    """
+    path = results / f"{name}.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result.get("kind") != name:
+        raise ValueError(f"{path}: holds results of kind {result.get('kind')!r}")
+    return result
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """How the figures came about: command, commit, versions, seeds, machine, settings."""
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in VERSIONS if result["versions"].get(name))
+    seeds = ", ".join(f"{name} {value}" for name, value in result["seeds"].items())
+    machine = result["machine"]
+    place = ", ".join(machine["accelerators"]) or machine["processor"]
+    settings = ", ".join(f"{name} {_plain(value)}" for name, value in result["settings"].items())
+    lines = [
+        f"```bash\n{result['command']}\n```\n",
+        f"Commit {commits(result)}. {versions}. Seeds: {seeds}. {place}, {machine['cores']} cores, "
+        f"{machine['memory_gib']:g} GiB. Took {result['seconds'] / 60:.1f} minutes; finished {result['finished_at'][:10]}.",
+        f"Settings: {settings}.",
+    ]
+    return "\n".join(lines)
+
+
+def commits(result: dict[str, Any]) -> str:
+    """The commit of the script and, where cells of a resumed sweep were trained by others, theirs."""
+    git = result["git"]
+    if git is None:
+        return "unknown"
+    text = f"`{git['revision'][:12]}`" + (" with uncommitted changes" if git["dirty"] else "")
+    trained = {row.get("revision") for row in result.get("rows", [])} - {None, git["revision"]}
+    return text + (f", some runs at {', '.join(f'`{name[:12]}`' for name in sorted(trained))}" if trained else "")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {item}" for key, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def demo_section(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    return "\n\n".join([
+        common.markdown_table(*demo.outcome_table(rows)),
+        "![Dose-response of the demo](figures/demo.png)",
+        "How stable the training was, measured apart from the law, at the last step:",
+        common.markdown_table(*demo.stability_table(rows)),
+    ])  # fmt: skip
+
+
+def smollm2_section(result: dict[str, Any]) -> str:
+    trained = [row for row in result["rows"] if row["level"] is not None]
+    return "\n\n".join([
+        common.markdown_table(*smollm2.outcome_table(result["rows"])),
+        "![Dose-response of the pretrained model](figures/smollm2.png)",
+        "How stable the training was, measured apart from the law, at the last step:",
+        common.markdown_table(*demo.stability_table(trained)),
+        "The same prompts continued by each model, sampled at temperature 1 with the same random numbers:",
+        *(f"{row['name']}:\n\n```text\n{samples(row)}\n```" for row in result["rows"]),
+    ])  # fmt: skip
+
+
+def samples(row: dict[str, Any]) -> str:
+    """One line a sample: prompt | continuation."""
+    lines = []
+    for sample in row["samples"]:
+        prompt, text = (" ".join(sample[key].split()).replace("```", "'''") for key in ("prompt", "completion"))
+        lines.append(f"{prompt} | {text[:SAMPLE_CHARACTERS]}{'...' if len(text) > SAMPLE_CHARACTERS else ''}")
+    return "\n".join(lines)
+
+
+def overhead_section(result: dict[str, Any]) -> str:
+    parts = [f"{overhead.group_title(group)}:\n\n{common.markdown_table(*overhead.overhead_table(group))}"
+             for group in result["groups"]]  # fmt: skip
+    return "\n\n".join([*parts, "![Step time relative to plain DeepSpeed](figures/overhead.png)"])
+
+
+SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "overhead": overhead_section}
+
+
+def draw(results: Path, folder: Path) -> list[Path]:
+    """Write the figure of every results file that there is; the paths."""
+    written = []
+    for name in SECTIONS:
+        result = load(name, results)
+        if result is None:
+            continue
+        path = folder / f"{name}.png"
+        if name == "overhead":
+            ratios = {group["name"]: {arm: values["time_ratios"] for arm, values in group["arms"].items()
+                                      if arm != overhead.BASELINE} for group in result["groups"]}  # fmt: skip
+            figures.overhead(ratios, path, "Step time of each round relative to plain DeepSpeed, and the median")
+        else:
+            rows = [row for row in result["rows"] if row["level"] is not None]
+            untouched = next((row for row in result["rows"] if row["level"] is None), None)
+            figures.dose_response(rows, path, TITLES[name], baseline=untouched)
+        written.append(path)
+    return written
+
+
+TITLES = {
+    "demo": demo.TITLE,
+    "smollm2": "A pretrained 135M-parameter model fine-tuned on novels, one seed a level",
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

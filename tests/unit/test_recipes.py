@@ -1,0 +1,65 @@
+"""Every recipe that ships is a command line that train.py accepts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ds_stability.launchers.arguments import parse_command
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPES = sorted((REPOSITORY / "launchers" / "recipes").glob("*.yaml"))
+#: What a recipe leaves to the command line, beside --output_dir: the name of a file to train on.
+DATA_FILES = {"smollm2_text": "corpus.txt", "smollm2_lora_chat": "chats.jsonl"}
+
+
+@pytest.fixture
+def command_of(tmp_path, monkeypatch):
+    """The parsed command of a recipe, run from the repository's root, with the flags that it leaves open."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def parse(recipe: Path, *extra: str):
+        argv = ["--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+        if recipe.stem in DATA_FILES:
+            data = tmp_path / DATA_FILES[recipe.stem]
+            data.write_text('{"messages": []}\n', encoding="utf-8")
+            argv += ["--train_file", str(data)]
+        return parse_command([*argv, *extra])
+
+    return parse
+
+
+def test_there_are_recipes():
+    assert {recipe.stem for recipe in RECIPES} >= {"tiny_llama_prose", "tiny_gpt2_synthetic", *DATA_FILES}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_and_every_value_arrives(recipe, command_of):
+    command = command_of(recipe)
+    given = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    parts = [vars(command.model), vars(command.data), command.training]
+    for key, value in given.items():
+        if key in ("stability_level", "deepspeed"):
+            continue
+        arrived = next(part[key] for part in parts if key in part)
+        assert arrived == value, key
+    assert command.stability.max_level("feedback") > 0
+    assert command.ds_config["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_says_how_to_run_it(recipe):
+    head = recipe.read_text(encoding="utf-8").split("\n")[:8]
+    assert any(f"--config launchers/recipes/{recipe.name}" in line for line in head)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_command_line_wins_over_the_recipe(recipe, command_of):
+    command = command_of(recipe, "--stability_level", "0.125", "--block_size", "64")
+    assert command.stability.level == 0.125
+    assert command.data.block_size == 64
+
+
+def test_level_of_the_text_recipe_is_a_schedule(command_of):
+    command = command_of(next(recipe for recipe in RECIPES if recipe.stem == "smollm2_text"))
+    assert [command.stability.family_level("feedback", step) for step in (0, 50, 55, 60, 999)] == [0, 0, 0.25, 0.5, 0.5]
