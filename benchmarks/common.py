@@ -179,7 +179,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def with_error(value: float | None, error: float | None, digits: int = 3) -> str:
-    return number(value, digits) if error is None else f"{number(value, digits)} ± {number(error, digits)}"
+    return number(value, digits) if value is None or error is None else f"{number(value, digits)} ± {number(error, digits)}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ Usage: deepspeed --num_gpus N export_worker.py OUT CASE ...
 Rank 0 writes OUT/CASE.pt (engine logits and more), OUT/CASE/final/, and OUT/DONE last.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -131,6 +132,7 @@ def failure(engine, name):
 
 
 def main():
+    gc.freeze()  # DeepSpeed collects garbage for every engine: the imports need not be walked each time
     deepspeed.init_distributed()
     rank = torch.distributed.get_rank()
     for name in NAMES:

@@ -3,6 +3,7 @@
 Usage: deepspeed --num_gpus N probe_worker.py OUT CASE ...   (rank 0 writes OUT/CASE.json, and OUT/DONE last)
 """
 
+import gc
 import hashlib
 import json
 import random
@@ -313,6 +314,7 @@ def seed_of(prompt_index):
 
 
 def main():
+    gc.freeze()  # DeepSpeed collects garbage for every engine: the imports need not be walked each time
     deepspeed.init_distributed()
     rank = torch.distributed.get_rank()
     for name in NAMES:

@@ -4,6 +4,7 @@ Usage: deepspeed --num_gpus N train_worker.py SPEC.json OUT_DIR. SPEC is {"runs"
 Rank 0 writes OUT_DIR/NAME.pt (weights, losses, metrics, state, collectives) and, last, OUT_DIR/DONE.
 """
 
+import gc
 import json
 import os
 import sys
@@ -134,6 +135,7 @@ def execute(run, out, rank, world):
 
 
 def main():
+    gc.freeze()  # DeepSpeed collects garbage for every engine: the imports need not be walked each time
     spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     deepspeed.init_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()

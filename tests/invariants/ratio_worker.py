@@ -3,6 +3,7 @@
 Usage: deepspeed --num_gpus 2 ratio_worker.py OUT.json ARCH:LEVEL [...]. Rank 0 writes {"ARCH:LEVEL": [metrics, ...]}.
 """
 
+import gc
 import json
 import os
 import sys
@@ -59,6 +60,7 @@ def train(arch, level, blocks):
 
 
 def main():
+    gc.freeze()  # DeepSpeed collects garbage for every engine: the imports need not be walked each time
     deepspeed.init_distributed()
     spec = DataSpec(dataset_name="builtin:prose")
     blocks, _, _ = load_blocks(spec, train_bpe(read_documents(spec), VOCAB), BLOCK)

@@ -62,7 +62,8 @@ def test_settled_reads_the_right_steps():
     # Steps 31..130 after a warm-up of 20 are the lines 51..150; anything else would show.
     rows = metric_rows(lambda step: 0.5 if 51 <= step <= 150 else 9.0)
     result = common.settled(rows, level=0.5, warmup_steps=20, last=130)
-    assert (result["ratio"], result["ratio_n"], result["worst_moving_mean"]) == (0.5, 100, 0.0)
+    assert result["ratio_n"] == 100
+    assert (result["ratio"], result["worst_moving_mean"]) == pytest.approx((0.5, 0.0))
     assert common.settled(rows, level=0.5, warmup_steps=20)["ratio"] > 0.5  # to the end
     assert result["target_ratio"] == 0.5 and result["saturated"] == 0
 
