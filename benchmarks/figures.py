@@ -25,7 +25,7 @@ DOSE_PANELS = (
     Panel("top1_mass", "top-1 mass"),
     Panel("sample/distinct_2", "distinct-2 of samples"),
     Panel("sample/seq_rep_4", "seq-rep-4 of samples", from_zero=True),
-    Panel("sample/high_frequency_share", "high-frequency share of samples", reference=(0.5, "training text")),
+    Panel("sample/high_frequency_share", "high-frequency share of samples", reference=(0.5, "share in the training text")),
     Panel("loss_deviation", "sd of the loss, last 50 steps (nats)", from_zero=True),
 )
 
@@ -39,35 +39,39 @@ def dose_response(rows: Sequence[Mapping[str, Any]], path: Path, title: str, pan
         baseline: figures of an untouched model, drawn as a horizontal line.
     """
     figure, axes = _grid(len(panels))
+    known: dict[str, Any] = {}  # name -> line, for one legend
     for axis, panel in zip(axes, panels, strict=False):
-        _dose_panel(axis, panel, rows, baseline)
+        known |= _dose_panel(axis, panel, rows, baseline)
     # Axis labels at the lowest panel of each column only: all share the axis.
     for index in range(len(panels)):
         if index + COLUMNS >= len(panels):
-            axes[index].set_xlabel("level")
+            axes[index].set_xlabel("level", fontsize=9)
+    if known:
+        figure.legend(list(known.values()), list(known), loc="outside upper right", ncols=len(known), fontsize=8, frameon=False)
     _finish(figure, path, title)
 
 
-def _dose_panel(axis, panel: Panel, rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any] | None) -> None:
+def _dose_panel(axis, panel: Panel, rows: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Draw one panel; the reference lines in it, by name."""
     points = [(row["level"], row[panel.key], row.get(panel.error) if panel.error else None)
               for row in rows if row.get(panel.key) is not None]  # fmt: skip
     levels, values = [p[0] for p in points], [p[1] for p in points]
+    lines = {}
     if panel.key == "ratio":
-        axis.plot([0, 1], [1, 0], color=GRAY, linewidth=1, linestyle="--")
-        axis.text(0.62, 0.52, "1 - level", color=GRAY, fontsize=8)
+        (lines["asked: 1 - level"],) = axis.plot([0, 1], [1, 0], color=GRAY, linewidth=1, linestyle="--")
     errors = [p[2] or 0.0 for p in points] if panel.error else None
-    axis.errorbar(levels, values, yerr=errors, color=BLUE, marker="o", markersize=4.5, linewidth=1.6, capsize=2)
-    lines = [(panel.reference, GRAY)] if panel.reference else []
+    axis.errorbar(levels, values, yerr=errors, color=BLUE, marker="o", markersize=4.5, capsize=2,
+                  linewidth=1.2 if lines else 1.6, linestyle="none" if lines else "-")  # fmt: skip
+    if panel.reference:
+        value, name = panel.reference
+        lines[name] = axis.axhline(value, color=GRAY, linewidth=1.2, linestyle=":")
     if baseline is not None and baseline.get(panel.key) is not None:
-        lines.append(((baseline[panel.key], "untouched model"), ORANGE))
-    for (value, name), color in lines:
-        axis.axhline(value, color=color, linewidth=1, linestyle=":")
-        axis.annotate(name, (0.98, value), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-                      ha="right", color=color, fontsize=8)  # fmt: skip
+        lines["untouched model"] = axis.axhline(baseline[panel.key], color=ORANGE, linewidth=1.2, linestyle="-.")
     axis.set_title(panel.label, fontsize=9, loc="left")
     axis.set_xlim(-0.04, 1.04)
     if panel.from_zero:
         axis.set_ylim(bottom=0, top=axis.get_ylim()[1])
+    return lines
 
 
 def overhead(groups: Mapping[str, Mapping[str, Sequence[float]]], path: Path, title: str) -> None:
@@ -87,7 +91,8 @@ def overhead(groups: Mapping[str, Mapping[str, Sequence[float]]], path: Path, ti
         axis.axhline(1.0, color=GRAY, linewidth=1, linestyle=":")
         axis.set_xticks(range(len(arms)), list(arms))
         axis.set_xlim(-0.5, len(arms) - 0.5)
-        axis.set_title(f"{model}: step time / plain DeepSpeed", fontsize=9, loc="left")
+        axis.set_title(model, fontsize=9, loc="left")
+        axis.set_ylabel("step time / plain DeepSpeed", fontsize=8)
     _finish(figure, path, title)
 
 

@@ -4,12 +4,13 @@
 
 Time: the three engines live in one process per rank and take turns, a few steps each, so that a drift of the machine meets
 all alike; each round gives one ratio, of medians. Memory: each engine alone, in processes of its own, in turns. A tiny
-LLaMA with 2,048 words of vocabulary, and with --pretrained a real model too. Writes OUTPUT/overhead.json.
+LLaMA with 2,048 words of vocabulary; with --pretrained a real model too, whose engines do not fit into one CPU machine
+together: there the processes take turns for the time as well. Writes OUTPUT/overhead.json.
 """
 
 import argparse
+import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ def main() -> int:
     output, started = Path(arguments.output).resolve(), time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     groups = [measure(spec, arguments, output) for spec in model_specs(arguments)]
-    settings = {key: getattr(arguments, key) for key in ("rounds", "steps", "memory_rounds", "num_gpus")}
+    settings = {key: getattr(arguments, key) for key in ("rounds", "steps", "memory_rounds", "process_rounds", "num_gpus")}
     result = common.describe_measurement("overhead", {"seed": 0}, settings)
     result |= {"seconds": round(time.monotonic() - started, 1), "groups": groups}
     write_json_atomic(output / "overhead.json", result)
@@ -47,12 +48,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", default="runs/overhead")
     parser.add_argument("--pretrained", help="folder of a pretrained model to measure as well, in bf16")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each engine")
-    parser.add_argument("--steps", type=int, default=10, help="steps of a turn (the pretrained model: a fifth of them)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a turn (the pretrained model: half of them)")
     parser.add_argument("--memory_rounds", type=int, default=2, help="processes per engine for the memory")
+    parser.add_argument("--process_rounds", type=int, default=4, help="processes per engine of the pretrained model on CPUs")
     parser.add_argument("--num_gpus", type=int, default=None, help="processes; default 2, or 1 on a machine with one GPU")
     arguments = parser.parse_args()
-    if min(arguments.rounds, arguments.steps, arguments.memory_rounds) < 1:
-        parser.error("--rounds, --steps, --memory_rounds: allowed are numbers from 1")
+    for name in ("rounds", "steps", "memory_rounds", "process_rounds"):
+        if vars(arguments)[name] < 1:
+            parser.error(f"--{name} {vars(arguments)[name]}: allowed are numbers from 1")
     if arguments.pretrained and not Path(arguments.pretrained).is_dir():
         parser.error(f"--pretrained {arguments.pretrained}: no such folder")
     arguments.num_gpus = arguments.num_gpus or training.default_processes()
@@ -60,31 +63,38 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def model_specs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What overhead_worker.py needs to know of each model."""
+    """What overhead_worker.py needs to know of each model; `together`: its three engines fit into one machine's memory."""
     configs = common.REPOSITORY / "ds_configs"
-    shared = {"ds_config": str(configs / "loop_zero3.json"), "config_overrides": {}, "rounds": arguments.rounds}
+    shared = {"ds_config": str(configs / "loop_zero3.json"), "config_overrides": {}}
     specs = [shared | {"name": "tiny LLaMA, vocabulary 2,048", "model": str(configs / "models" / "llama_tiny.json"),
                        "config_overrides": {"vocab_size": 2048}, "bf16": training.on_gpu(), "batch_size": 4,
-                       "block_size": 128, "steps": arguments.steps, "warmup_steps": 5}]  # fmt: skip
+                       "block_size": 128, "steps": arguments.steps, "warmup_steps": 5, "together": True}]  # fmt: skip
     if arguments.pretrained:
         path = Path(arguments.pretrained).resolve()
         specs.append(shared | {"name": path.name, "model": str(path), "bf16": True, "batch_size": 2, "block_size": 256,
-                               "steps": max(1, arguments.steps // 5), "warmup_steps": 1})  # fmt: skip
+                               "steps": max(3, arguments.steps // 2), "warmup_steps": 2,
+                               "together": training.on_gpu()})  # fmt: skip
     return specs
 
 
 def measure(spec: dict[str, Any], arguments: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Times of all arms in one launch, then the memory of each arm in launches of its own."""
-    print(f"{spec['name']}: step times, {arguments.rounds} rounds", flush=True)
-    timed = launch(spec | {"arms": ARMS}, arguments.num_gpus, output)
+    """Every arm alone in processes of its own, in turns: its memory, and its times if the engines do not fit together."""
     memory: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    for number in range(arguments.memory_rounds):
-        for arm in ARMS:
-            print(f"{spec['name']}: memory of {arm}, {number + 1} of {arguments.memory_rounds}", flush=True)
-            alone = spec | {"arms": [arm], "rounds": 1, "steps": 3}
-            memory[arm].append(launch(alone, arguments.num_gpus, output)["memory"])
-    shown = {key: spec[key] for key in ("bf16", "batch_size", "block_size", "steps", "rounds", "config_overrides")}
-    return {"name": spec["name"], **shown, "world_size": timed["world_size"], "arms": summarize(timed["seconds"], memory)}
+    seconds: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
+    turns = arguments.memory_rounds if spec["together"] else arguments.process_rounds
+    for number in range(turns):
+        shift = number % len(ARMS)
+        for arm in ARMS[shift:] + ARMS[:shift]:
+            print(f"{spec['name']}: {arm} alone, {number + 1} of {turns}", flush=True)
+            result = launch(spec | {"arms": [arm], "rounds": 1}, arguments.num_gpus, output)
+            memory[arm].append(result["memory"])
+            seconds[arm] += result["seconds"][arm]
+    if spec["together"]:
+        print(f"{spec['name']}: all in turns, {arguments.rounds} rounds", flush=True)
+        result = launch(spec | {"arms": ARMS, "rounds": arguments.rounds}, arguments.num_gpus, output)
+        seconds = result["seconds"]
+    shown = {key: spec[key] for key in ("bf16", "batch_size", "block_size", "steps", "together", "config_overrides")}
+    return {"name": spec["name"], **shown, "world_size": result["world_size"], "arms": summarize(seconds, memory)}
 
 
 def launch(spec: dict[str, Any], num_gpus: int, output: Path) -> dict[str, Any]:
@@ -93,20 +103,12 @@ def launch(spec: dict[str, Any], num_gpus: int, output: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: it wrote nothing; the message ends with its log.
     """
-    import json
-
     result, spec_file, log = output / "worker.json", output / "spec.json", output / "worker.log"
     result.unlink(missing_ok=True)
     write_json_atomic(spec_file, spec | {"output": str(result)})
-    with open(log, "wb") as stream:
-        process = training.start_script(WORKER, [str(spec_file)], num_gpus, stdout=stream, stderr=subprocess.STDOUT)
-        try:
-            process.wait()
-        finally:
-            training.end_process(process)
+    code = training.run_script(WORKER, [str(spec_file)], num_gpus, log)
     if not result.exists():
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
-        raise RuntimeError(f"the worker ended without a result (exit code {process.returncode}); {log} ends:\n{tail}")
+        raise RuntimeError(f"the worker ended without a result (exit code {code}); {training.log_tail(log)}")
     return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -138,7 +140,9 @@ def bootstrap_median(values: Sequence[float]) -> list[float]:
 
 def group_title(group: dict[str, Any]) -> str:
     tokens = group["batch_size"] * group["block_size"]
-    return f"{group['name']}, {'bf16' if group['bf16'] else 'fp32'}, {group['world_size']} ranks of {tokens} tokens, ZeRO-3"
+    turns = "in the same processes" if group["together"] else "each in processes of its own"
+    return (f"{group['name']}, {'bf16' if group['bf16'] else 'fp32'}, {group['world_size']} ranks of {tokens} tokens, ZeRO-3, "
+            f"engines in turns, {turns}")  # fmt: skip
 
 
 def overhead_table(group: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

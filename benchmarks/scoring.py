@@ -21,7 +21,9 @@ class Text(NamedTuple):
 
 def load_model(path: str | Path, dtype: torch.dtype):
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,14 @@ def launch_training(flags: Mapping[str, Any], num_gpus: int, log: Path, on_progr
         RuntimeError: no DONE; the message ends with the end of the log.
     """
     run = RunDir(flags["output_dir"])
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "wb") as stream:
-        process = start_script(TRAIN_SCRIPT, flag_words(flags), num_gpus, stdout=stream, stderr=subprocess.STDOUT)
-        try:
-            _watch(process, run, on_progress)
-        finally:
-            end_process(process)
+    code = run_script(TRAIN_SCRIPT, flag_words(flags), num_gpus, log, lambda process: _watch(process, run, on_progress))
     if not run.done.exists():
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
-        raise RuntimeError(f"{run.path}: training ended without DONE (exit code {process.returncode}); {log} ends:\n{tail}")
+        raise RuntimeError(f"{run.path}: training ended without DONE (exit code {code}); {log_tail(log)}")
+
+
+def log_tail(log: Path, lines: int = 25) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return f"{log} ends:\n" + "\n".join(text.splitlines()[-lines:])
 
 
 def _watch(process: subprocess.Popen, run: RunDir, on_progress) -> None:
@@ -117,11 +115,36 @@ def flag_words(flags: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def start_script(script: Path, words: Sequence[str], num_gpus: int, **options: Any) -> subprocess.Popen:
-    """Start a script under the `deepspeed` launcher, on CPUs where there is no GPU, in a session of its own."""
+def run_script(script: Path, words: Sequence[str], num_gpus: int, log: Path,
+               watch: Callable[[subprocess.Popen], None] = subprocess.Popen.wait) -> int:  # fmt: skip
+    """Run a script under the `deepspeed` launcher, on CPUs where there is no GPU, with its output in the file `log`.
+
+    `watch(process)` returns when there is nothing left to wait for; whatever still runs then is ended. The exit code.
+    """
+    port = free_port()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as stream:
+        process = start_script(script, words, num_gpus, port, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            watch(process)
+        finally:
+            end_process(process)
+            _remove_shared_memory(port)
+    return process.returncode
+
+
+def start_script(script: Path, words: Sequence[str], num_gpus: int, port: int, **options: Any) -> subprocess.Popen:
+    """In a session of its own, so that it can be ended with its ranks, and nothing else."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_gpus)]
-    command += ["--master_port", str(free_port()), str(script), *words]
+    command += ["--master_port", str(port), str(script), *words]
     return subprocess.Popen(command, env=environment(), cwd=REPOSITORY, start_new_session=True, **options)
+
+
+def _remove_shared_memory(port: int) -> None:
+    """DeepSpeed on CPU leaves a buffer of some 60 MB a rank behind in shared memory, named by the port
+    (deepspeed/ops/csrc/cpu/comm/shm.cpp): a few hundred runs fill the machine."""
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
+        path.unlink(missing_ok=True)
 
 
 def end_process(process: subprocess.Popen) -> None:

@@ -12,6 +12,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def remove_buffers(port: int) -> None:
+    """DeepSpeed's CPU all-reduce leaves 66 MiB of shared memory per rank and master port behind (docs/footguns.md)."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        buffer.unlink(missing_ok=True)
+
+
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -26,6 +32,7 @@ def start_distributed(tmp_path_factory):
     the leader of a process group of its own: `os.killpg(process.pid, SIGKILL)` ends the launcher and its ranks.
     """
     extensions = tmp_path_factory.mktemp("torch_extensions")
+    ports: list[int] = []
 
     def start(script, *args: str, ranks: int = 2, env: dict[str, str] | None = None, output: int = subprocess.PIPE):
         environment = {
@@ -37,10 +44,15 @@ def start_distributed(tmp_path_factory):
             **(env or {}),
         }
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-        command += ["--master_port", str(free_port()), str(script), *map(str, args)]
+        for port in ports:  # of runs that have ended; one that still runs keeps what it has mapped
+            remove_buffers(port)
+        ports.append(free_port())
+        command += ["--master_port", str(ports[-1]), str(script), *map(str, args)]
         return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment, start_new_session=True)
 
-    return start
+    yield start
+    for port in ports:
+        remove_buffers(port)
 
 
 @pytest.fixture(scope="session")

@@ -178,7 +178,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 
 
 def test_a_run_without_done_is_an_error_with_its_log(monkeypatch, tmp_path):
-    def start(script, words, num_gpus, **options):
+    def start(script, words, num_gpus, port, **options):
         code = "import sys; print('error: no such flag', file=sys.stderr); sys.exit(2)"
         return subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **options)
 
@@ -252,7 +252,7 @@ def results(tmp_path):
     memory = {"resident_gib": 1.25, "resident_growth_gib": 0.5, "accelerator_gib": 0.0}
     arm = {"median_seconds": 0.125, "time_ratio": 1.0625, "time_ratio_interval": [1.03125, 1.09375], "memory": memory,
            "time_ratios": [1.05, 1.06, 1.07], "memory_ratio": {"resident_gib": 1.015625, "resident_growth_gib": 1.0}}  # fmt: skip
-    group = {"name": "tiny", "bf16": False, "batch_size": 4, "block_size": 128, "world_size": 2,
+    group = {"name": "tiny", "bf16": False, "batch_size": 4, "block_size": 128, "world_size": 2, "together": True,
              "arms": {name: arm for name in overhead.ARMS}}  # fmt: skip
     folder = tmp_path / "results"
     folder.mkdir()
