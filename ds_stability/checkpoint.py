@@ -14,6 +14,7 @@ from deepspeed import comm as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ds_stability.console import agree
 from ds_stability.errors import StabilityConfigError
 from ds_stability.run_dir import write_json_atomic
 
@@ -36,13 +37,19 @@ def save(engine, save_dir: str, tag: str, state: dict) -> None:
         temporary.replace(target)
 
 
-def load(engine, path: str, client_state: dict) -> dict:
+def load(engine, path: str, client_state: dict) -> dict | None:
     """Take our key out of `client_state`, load this rank's tensors, and return the replicated state.
 
+    At level 0 a plain DeepSpeed checkpoint may be continued: None then.
+
     Raises:
-        StabilityConfigError: the checkpoint has no stability state, or was written at another world size.
+        StabilityConfigError: the checkpoint has no stability state, lacks this rank's tensors, or was written at another
+            world size; on every rank alike.
     """
     state = client_state.pop(KEY, None)
+    if state is None and not engine.stability.config.active:
+        logger.warning("%s has no stability state: statistics start anew", path)
+        return None
     if state is None:
         raise StabilityConfigError(
             f"{path} has no stability state (a plain DeepSpeed checkpoint); start from its exported weights instead"
@@ -50,7 +57,7 @@ def load(engine, path: str, client_state: dict) -> dict:
     state = json.loads(json.dumps(state))
     stability = engine.stability
     if stability.averaging is not None or stability.regularization is not None:
-        _load_tensors(stability, Path(path).parent)
+        agree(lambda: _load_tensors(stability, Path(path).parent, required=state["applied_steps"] > 0))
     return state
 
 
@@ -66,10 +73,12 @@ def _rank_tensors(stability) -> dict[str, torch.Tensor]:
     }
 
 
-def _load_tensors(stability, folder: Path) -> None:
+def _load_tensors(stability, folder: Path, required: bool) -> None:
     file = _rank_file(folder)
+    expected = stability.averaging is not None or stability.regularization.kind == "init_decay"
     if not file.exists():
-        logger.warning("%s is missing: averaging and initial weights start anew", file)
+        if required and expected:
+            raise StabilityConfigError(f"{file} is missing: the checkpoint lacks a rank's running mean or initial weights")
         return
     partitions = stability.gradients.partitions()
     with safe_open(file, framework="pt") as stored:

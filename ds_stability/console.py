@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 from ds_stability.errors import SkippedStepsError, UserError
 
 T = TypeVar("T")
+SPEAK_AFTER_SECONDS = 15.0  # the launcher polls once a second, and rank 0 may import more slowly
 
 
 def global_rank() -> int:
@@ -33,33 +35,52 @@ def quiet_libraries() -> None:
 
 
 def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run `main(argv)`; a UserError or SkippedStepsError becomes one line from rank 0 and its exit code."""
+    """Run `main(argv)`; a UserError or SkippedStepsError becomes one line from rank 0 and its exit code.
+
+    The launcher ends all ranks of a host as soon as one has failed. The other ranks therefore give rank 0 time to say what
+    is wrong; one that is still there afterwards is alone with its mistake (a file missing on its host) and says so itself.
+    """
     try:
         main(sys.argv[1:] if argv is None else argv)
     except (UserError, SkippedStepsError) as error:
-        if global_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = global_rank()
+        if rank != 0:
+            time.sleep(SPEAK_AFTER_SECONDS)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
 
 
 def agree(action: Callable[[], T]) -> T:
-    """Run `action` on every rank; if it fails for the user's fault on any, fail on all with the first rank's message.
+    """Run `action` on every rank; if it fails on any, fail on all with the first rank's message.
 
-    A file can be missing on one node only: without this the others would wait for it in a collective.
+    A file can be missing, or a disk full, on one node only: without this the others would wait in a collective. What the
+    user can mend (UserError, OSError) is raised as a UserError, anything else as it came, or as a RuntimeError elsewhere.
     """
     import torch.distributed as dist
 
-    result, message = None, None
+    result, message, failure = None, None, None
     try:
         result = action()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'file system'}: {error.strerror or error}"
+    except Exception as error:  # raised below, after the other ranks have heard of it
+        failure, message = error, f"{type(error).__name__}: {error}"
     messages: list[str | None] = [message]
     if dist.is_initialized():
         messages = [None] * dist.get_world_size()
         dist.all_gather_object(messages, message)
+    failures = [failure is not None]
+    if dist.is_initialized() and any(text is not None for text in messages):
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure is not None)
+    if failure is not None:
+        raise failure
     for rank, text in enumerate(messages):
+        if text is not None and failures[rank]:
+            raise RuntimeError(f"rank {rank}: {text}")
         if text is not None:
             raise UserError(text if rank == 0 or text == messages[0] else f"rank {rank}: {text}")
     return result

@@ -4,6 +4,7 @@ The live engine is extended by a dynamic subclass, so it stays a `DeepSpeedEngin
 optimizer step, top to bottom, is `StabilityMixin._take_model_step`; what it uses is gathered in `stability.py`.
 """
 
+import copy
 import inspect
 import weakref
 
@@ -43,6 +44,9 @@ def _initialize(args, kwargs, auto_allowed: bool):
     given = bound.arguments.get("config") or bound.arguments.get("config_params")
     if given is None and bound.arguments.get("args") is not None:
         given = getattr(bound.arguments["args"], "deepspeed_config", None)  # the flag of deepspeed.add_config_arguments
+        if given is not None:  # DeepSpeed takes a config from one place only
+            bound.arguments["args"] = copy.copy(bound.arguments["args"])
+            bound.arguments["args"].deepspeed_config = None
     ds_config, config = split_config(load_ds_config(given if given is not None else {}))
     for sentence in unsupported(ds_config):
         raise StabilityConfigError(sentence)
@@ -99,12 +103,19 @@ class StabilityMixin:
         if self.stability.recorder is not None:
             self.stability.recorder.flush()  # a run that goes on from here must find the lines up to here
         checkpoint.save(self, save_dir, tag, state)  # before `latest`, which DeepSpeed writes last
-        return super().save_checkpoint(save_dir, tag=tag, client_state={**client_state, checkpoint.KEY: state},
-                                       save_latest=save_latest,
-                                       exclude_frozen_parameters=exclude_frozen_parameters)  # fmt: skip
+        saved = super().save_checkpoint(save_dir, tag=tag, client_state={**client_state, checkpoint.KEY: state},
+                                        save_latest=save_latest,
+                                        exclude_frozen_parameters=exclude_frozen_parameters)  # fmt: skip
+        self.stability.restart_clock()
+        return saved
 
     def load_checkpoint(self, load_dir, *args, **kwargs):
         path, client_state = super().load_checkpoint(load_dir, *args, **kwargs)
-        if path is not None:
-            self.stability.load_state_dict(checkpoint.load(self, path, client_state))
+        asked = inspect.signature(deepspeed.DeepSpeedEngine.load_checkpoint).bind(self, load_dir, *args, **kwargs)
+        asked.apply_defaults()
+        warm_start = asked.arguments["load_module_only"] or not asked.arguments["load_optimizer_states"]
+        if path is not None and not warm_start:  # weights alone: the controller starts anew, as the optimizer does
+            state = checkpoint.load(self, path, client_state)
+            if state is not None:
+                self.stability.load_state_dict(state)
         return path, client_state

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -90,8 +91,14 @@ class Zero12Gradients(ReducedGradients):
     def __init__(self, engine):
         super().__init__(engine)
         self.replicas = 1
+        if not self.optimizer.compute_grad_norm:
+            raise StabilityConfigError(
+                "zero_optimization.compute_grad_norm is false, but ds_stability skips a bad step through the norm; leave it true"
+            )
 
     def tensors(self):
+        if self.optimizer.cpu_offload:
+            self.optimizer._wait_for_offload_copies()  # else DeepSpeed waits for them inside its own step
         for index in range(len(self.optimizer.bit16_groups)):
             if self.optimizer.cpu_offload:
                 yield [self.optimizer.single_partition_of_fp32_groups[index].grad]
@@ -131,6 +138,8 @@ class Zero3Gradients(ReducedGradients):
             )
 
     def tensors(self):
+        if self.optimizer.offload_optimizer and not get_accelerator().resolves_data_dependency():
+            get_accelerator().current_stream().synchronize()  # copies to the host may still be under way
         for index in range(len(self.optimizer.fp16_groups)):
             if self.optimizer.offload_optimizer:
                 yield [self.optimizer.fp32_partitioned_groups_flat[index].grad]
@@ -182,6 +191,10 @@ def reduced_gradients(engine) -> ReducedGradients:
         StabilityConfigError: the engine's optimizer is of a kind that has not been shown to work.
     """
     optimizer = engine.optimizer
+    if engine.pipeline_parallelism:
+        raise StabilityConfigError("pipeline parallelism does not work with ds_stability yet; pass a plain module")
+    if "muon" in type(engine.basic_optimizer).__name__.lower():
+        raise StabilityConfigError("the Muon optimizer does not work with ds_stability yet; use AdamW")
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
         return Zero3Gradients(engine)
     if type(optimizer) is DeepSpeedZeroOptimizer:

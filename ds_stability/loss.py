@@ -225,6 +225,10 @@ class StabilityLoss:
     @torch.no_grad()
     def _record(self, accumulator, logits_NV, targets_N, ignore_index, keep=False):
         """Add the statistics of a micro-batch; with `keep` also return (objective_N, weight_N), fp32."""
+        with torch.autocast(logits_NV.device.type, enabled=False):  # the statistics stay in fp32
+            return self._record_chunks(accumulator, logits_NV, targets_N, ignore_index, keep)
+
+    def _record_chunks(self, accumulator, logits_NV, targets_N, ignore_index, keep):
         kept = []
         chunk = chunk_tokens(logits_NV, self.chunk_size)
         for start in range(0, logits_NV.shape[0], chunk):

@@ -30,7 +30,8 @@ class MicroGradientMeter:
     def start(self, grad_output: torch.Tensor, denominator, tokens: torch.Tensor) -> None:
         """A backward begins: d loss / d token loss is grad_output / denominator for each of `tokens`."""
         self.close()
-        self.scale = (grad_output.double() / denominator * tokens).to(self.device)
+        scale = grad_output.double() / denominator * tokens
+        self.scale = torch.where(tokens > 0, scale, 0.0).to(self.device)  # Trainer's denominator may be 0 then
         self.tokens = tokens
 
     def _tap(self, grad: torch.Tensor) -> None:

@@ -98,7 +98,3 @@ class OptimizerHooks:
             products[0] += torch.stack(dots).sum().to(vector.device) / scale
             products[1] += squared_norm([mean]).to(vector.device)
         return products
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()

@@ -6,11 +6,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 from deepspeed import comm as dist
 
 from ds_stability.collective import reduce_step, require_equal
 from ds_stability.config import StabilityConfig
+from ds_stability.console import agree
 from ds_stability.controller import FeedbackController
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
@@ -23,7 +25,7 @@ from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.clipping import Clipping
 from ds_stability.stabilizers.feedback import Feedback
-from ds_stability.stabilizers.regularization import DEFAULT_MAX, Regularization
+from ds_stability.stabilizers.regularization import Regularization
 from ds_stability.statistics import (
     STEP_FIELDS,
     TOKEN_FIELDS,
@@ -78,11 +80,16 @@ class Stability:
 
     def _build_stabilizers(self, engine) -> None:
         config, control, families = self.config, self.config.controller, self.config.families
-        for name in ("clipping", "averaging"):
-            if config.max_level(name) > 0 and not self.gradients.partitions():
+        partitions = self.gradients.partitions()
+        for name in ("clipping", "averaging", "init_decay"):
+            penalty = families.get("regularization")
+            family = "regularization" if name == "init_decay" and penalty and penalty.kind == name else name
+            if config.max_level(family) > 0 and not partitions:
                 raise StabilityConfigError(
                     f"stabilizer {name!r} needs zero_optimization.stage 1, 2 or 3; this engine has stage 0"
                 )
+            if config.max_level(family) > 0 and any(p.dtype != torch.float32 for p in partitions):
+                raise StabilityConfigError(f"stabilizer {name!r} needs fp32 master weights; these are {partitions[0].dtype}")
         self.clipping = self.averaging = self.regularization = None
         controller = FeedbackController(
             lambda step: config.family_level("feedback", step),
@@ -97,9 +104,8 @@ class Stability:
             self.averaging = Averaging(lambda step: config.family_level("averaging", step), families["averaging"].beta_max)
         if config.max_level("regularization") > 0:
             family = families["regularization"]
-            maximum = DEFAULT_MAX[family.kind] if family.max is None else family.max
             self.regularization = Regularization(lambda step: config.family_level("regularization", step),
-                                                 family.kind, maximum)  # fmt: skip
+                                                 family.kind, family.max)  # fmt: skip
         parts = {"feedback": self.feedback, "clipping": self.clipping, "averaging": self.averaging,
                  "regularization": self.regularization}  # fmt: skip
         self.stabilizers = {name: part for name, part in parts.items() if part is not None}
@@ -107,7 +113,7 @@ class Stability:
     def _install_loss(self, model, engine) -> StabilityLoss | None:
         chunked = self.config.resolved_loss_path == "chunked"
         if model is None:
-            if chunked:
+            if chunked or self.config.active:
                 raise StabilityConfigError(
                     f"{type(engine.module).__name__} does not compute its loss with transformers' ForCausalLMLoss, which a "
                     "level above 0 acts through; train a transformers causal LM, or set stability.level to 0"
@@ -123,7 +129,7 @@ class Stability:
         path = self.config.statistics.high_frequency_file
         if path is not None and self.loss is not None:
             vocab_size = model.config.get_text_config().vocab_size
-            frequent = HighFrequencySet.load(path, vocab_size)
+            frequent = agree(lambda: HighFrequencySet.load(path, vocab_size))
             self.set_high_frequency(list(frequent.token_ids), vocab_size)
 
     def set_high_frequency(self, token_ids: list[int], vocab_size: int) -> None:
@@ -204,7 +210,8 @@ class Stability:
             metrics["skipped"] = True
             self.skipped_steps += 1
             # A dynamic fp16 loss scale finds its range by overflowing: those steps are no sign of a broken run.
-            searching = self.gradients.scaling_down(self.loss_scale)
+            finite_loss = bool(np.isfinite(sums.vector[: len(TOKEN_FIELDS)]).all())
+            searching = finite_loss and self.gradients.scaling_down(self.loss_scale)
             self.skipped_in_a_row += 0 if searching else 1
         metrics |= self.measures.metrics() | {"stability/skipped_steps": self.skipped_steps}
         self.metrics = as_metrics(metrics)
@@ -252,9 +259,14 @@ class Stability:
         padding = torch.zeros(len(STEP_FIELDS), dtype=torch.float64, device=self.device)
         sums = reduce_step(torch.cat([vector[:count], padding, vector[count:]]), self.group)
         metrics = token_metrics(sums, self.loss.high_frequency_V is not None)
+        self.restart_clock()
         names = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
         result = {"eval/cross_entropy": metrics["cross_entropy"]}
         return as_metrics(result | {f"eval/{name}": metrics[f"stability/{name}"] for name in names})
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last step (evaluation, a probe, a checkpoint) out of the next step's time."""
+        self.started = time.perf_counter()
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
@@ -262,6 +274,7 @@ class Stability:
         """Replicated state, JSON-ready. Collective: the update meter's pending sums are made global."""
         pending = self.meter.sums.clone()
         dist.all_reduce(pending, group=self.group)
+        pending = torch.nan_to_num(pending, nan=0.0, posinf=0.0, neginf=0.0)  # the state is JSON
         return {
             "version": STATE_VERSION,
             "config": self.config.to_dict(),
@@ -281,9 +294,10 @@ class Stability:
         """
         if state["version"] != STATE_VERSION:
             raise StabilityConfigError(f"stability state has version {state['version']}; this release reads {STATE_VERSION}")
-        if state["config"] != self.config.to_dict():
+        old, new = _training_part(state["config"]), _training_part(self.config.to_dict())
+        if old != new:
             raise StabilityConfigError(
-                f"the checkpoint was written with another stability block ({_difference(state['config'], self.config.to_dict())})"
+                f"the checkpoint was written with another stability block ({_difference(old, new)})"
                 "; resume with the same block (a level that changes over time is a schedule: [[step, level], ...])"
             )
         for name in ("applied_steps", "skipped_steps", "skipped_in_a_row"):
@@ -317,6 +331,11 @@ def has_pretrained_weights(model) -> bool:
     A fresh model whose config came from a folder or the hub looks the same: state controller.warmup_steps there.
     """
     return model is not None and bool(model.name_or_path) and not model.name_or_path.endswith(".json")
+
+
+def _training_part(block: dict) -> dict:
+    """The block without what only looks on: a run may be resumed with another probe."""
+    return {key: value for key, value in block.items() if key not in ("probe", "max_skipped_steps")}
 
 
 def _difference(old: dict, new: dict, path: str = "stability") -> str:

@@ -18,7 +18,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from ds_stability.config import StabilityConfig, split_config, unsupported
 from ds_stability.config_errors import did_you_mean
 from ds_stability.data import DataSpec
-from ds_stability.deepspeed_config import load_ds_config
+from ds_stability.data.tokenizer import MIN_BPE_VOCABULARY
+from ds_stability.deepspeed_config import load_ds_config, section
 from ds_stability.errors import UserError
 from ds_stability.run_dir import RunDir, check_output_dir, is_complete_checkpoint
 from ds_stability.schedule import parse_level_flag
@@ -145,6 +146,10 @@ def parse_command(argv: list[str]) -> Command:
         _check_loss_flags(training)
     spec = _data_spec(data)
     spec.check()
+    held_out = spec.validation_files or spec.dataset_validation_split or spec.validation_split_percentage > 0
+    if not held_out and str(training["eval_strategy"]) not in ("no", "IntervalStrategy.NO"):
+        raise UserError(f"--eval_strategy {training['eval_strategy']} needs held-out data; give --validation_file or a "
+                        "--validation_split_percentage above 0, or leave it out")
     if data.streaming and training["max_steps"] <= 0:
         raise UserError("--streaming has no known length: give --max_steps, the number of optimizer steps to train")
     if data.block_size < 2:
@@ -207,6 +212,10 @@ def _check_sources(model: ModelArguments) -> None:
         # A hub name has the form name or owner/name; anything else can only be a path.
         if name and not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")):
             raise UserError(f"--{flag} {name}: no such file or folder")
+    if model.vocab_size < MIN_BPE_VOCABULARY:
+        raise UserError(f"--vocab_size {model.vocab_size}: allowed is a size from {MIN_BPE_VOCABULARY} (bytes, special tokens)")
+    if model.lora_r < 1:
+        raise UserError(f"--lora_r {model.lora_r}: allowed is a rank from 1")
     if model.config_overrides and not model.config_name:
         raise UserError("--config_overrides changes a fresh model's config; it needs --config_name")
 
@@ -227,6 +236,9 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     problems = unsupported(ds_config, stability)
     if problems:
         raise UserError(problems[0])
+    prompts = stability.probe.prompts_file
+    if stability.probe.interval > 0 and prompts is not None and not os.path.isfile(prompts):
+        raise UserError(f"stability.probe.prompts_file {prompts}: no such file")
     file = stability.statistics.high_frequency_file
     if file is not None and not os.path.isfile(file):
         raise UserError(f"--high_frequency_file {file}: no such file")
@@ -235,7 +247,7 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
 
 def _follow_ds_config(training: dict[str, Any], ds_config: dict[str, Any], given: set[str]) -> None:
     """Where the DeepSpeed config states a value, it sets the flag of the same meaning, unless that flag was given too."""
-    precision = {name: ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16")}
+    precision = {name: section(ds_config, name).get("enabled") for name in ("bf16", "fp16")}
     for name, enabled in precision.items():
         if isinstance(enabled, bool):
             if name in given and bool(training[name]) != enabled:
@@ -254,6 +266,8 @@ def _check_training(training: dict[str, Any]) -> None:
                       ("gradient_accumulation_steps", 1), ("seed", 0)):  # fmt: skip
         if training[flag] < low:
             raise UserError(f"--{flag} {training[flag]}: allowed is an integer from {low}")
+    if training["seed"] >= 2**32:
+        raise UserError(f"--seed {training['seed']}: allowed is an integer from 0 to {2**32 - 1}")
     for flag in ("learning_rate", "num_train_epochs"):
         if not 0 < float(training[flag]) < float("inf"):
             raise UserError(f"--{flag} {training[flag]}: allowed is a number above 0")
@@ -294,6 +308,9 @@ def _resume_path(training: dict[str, Any]) -> str | None:
     if not is_complete_checkpoint(Path(given)):
         raise UserError(f"--resume_from_checkpoint {given}: is not a complete checkpoint (writing it was cut off, or it is no "
                         "checkpoint); give true, or another checkpoint-N")  # fmt: skip
+    if os.path.dirname(os.path.realpath(given)) != os.path.realpath(training["output_dir"]):
+        raise UserError(f"--resume_from_checkpoint {given}: is not a checkpoint of --output_dir {training['output_dir']}; a run is "
+                        "continued in its own folder (for new weights in a new run give --model_name_or_path)")
     return str(given)
 
 

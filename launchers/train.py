@@ -99,7 +99,14 @@ def training_arguments(command: Command) -> TrainArguments:
     values = {**command.training, "deepspeed": trainer_ds_config(command), "use_cpu": on_cpu,
               "resume_from_checkpoint": command.resume}  # fmt: skip
     try:
-        return TrainArguments(**values)
+        args = TrainArguments(**values)
+        if args.hf_deepspeed_config.mismatches:
+            raise UserError(f"{command.training['deepspeed']} and the flags disagree: "
+                            f"{'; '.join(' '.join(text.split()) for text in args.hf_deepspeed_config.mismatches)}; write \"auto\" in the "
+                            "config, or give the flag the same value")  # fmt: skip
+        return args
+    except UserError:
+        raise
     except (ValueError, ImportError) as error:  # transformers' own checks of the flags, made one line
         raise UserError(" ".join(str(error).split())) from None
 
@@ -152,7 +159,6 @@ def main(argv: list[str]) -> None:
     agree(lambda: require_same_run(command, run, identity))
     model = agree(lambda: build_model(command, config, tokenizer, args))
     check_exportable(model)
-    agree(lambda: start_run(command, run, identity, facts, frequent, args))
     enable()
     if eval_data is not None:
         eval_data = pad_to_multiple(eval_data, args.world_size * args.per_device_eval_batch_size)
@@ -160,6 +166,7 @@ def main(argv: list[str]) -> None:
                            evaluate_last=eval_data is not None)  # fmt: skip
     trainer = StabilityTrainer(model=model, args=args, train_dataset=train_data, eval_dataset=eval_data,
                                data_collator=default_data_collator, callbacks=[callback])  # fmt: skip
+    agree(lambda: start_run(command, run, identity, facts, frequent, args))
     trainer.train(resume_from_checkpoint=command.resume)
     finish(trainer, callback, run, tokenizer, keeps_cache)
 

@@ -160,6 +160,7 @@ class StabilityCallback(TrainerCallback):
         stability = self.engine.stability if self.engine is not None else None
         if stability is not None and stability.probe is not None and stability.probe.due(state.global_step):
             values = stability.probe.run(state.global_step)  # on every rank
+            stability.restart_clock()
             if self.recorder is not None:
                 self.recorder.record(state.global_step, values)
         if stability is not None and stability.applied_steps == 1 and not stability.metrics["stability/tokens"]:
@@ -217,7 +218,11 @@ def _make_probe(engine, tokenizer, args: transformers.TrainingArguments) -> Prob
 
 
 def _open_recorder(output_dir: str, resume_step: int | None) -> Recorder:
-    return Recorder(RunDir(output_dir).create(), tensorboard=True, resume_step=resume_step)
+    run = RunDir(output_dir).create()
+    if resume_step is None and run.metrics.exists():  # Trainer may train twice into one folder: keep the older lines
+        count = len(list(run.path.glob("metrics-*.jsonl")))
+        run.metrics.rename(run.path / f"metrics-{count + 1}.jsonl")
+    return Recorder(run, tensorboard=True, resume_step=resume_step)
 
 
 def _evaluation_name(metrics: dict) -> str:

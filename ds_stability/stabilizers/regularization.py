@@ -12,8 +12,6 @@ import torch.nn.functional as F
 
 from ds_stability.loss import Objective, cross_entropy
 
-DEFAULT_MAX = {"z_loss": 1e-2, "label_smoothing": 0.3, "init_decay": 0.1}
-
 
 def z_loss_objective(coefficient: float) -> Objective:
     """CE + coefficient * logsumexp(logits)^2, per token."""

@@ -175,3 +175,40 @@ def test_tokenizer_larger_than_the_model(base, tmp_path):
     command = parse_command(words({**flags, "--model_name_or_path": tmp_path / "model"}))
     with pytest.raises(UserError, match="vocabulary"):
         load_tokenizer(command, load_config(command))
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ({"--vocab_size": "10"}, ["--vocab_size", "10"]),
+    ({"--lora_r": "0"}, ["--lora_r", "0"]),
+    ({"--seed": str(2**40)}, ["--seed"]),
+    ({"--eval_strategy": "steps", "--validation_split_percentage": "0"}, ["--eval_strategy", "held-out"]),
+    ({"--streaming": "true"}, ["--streaming", "--max_steps"]),
+])  # fmt: skip
+def test_flags_that_would_fail_late(base, flags, expected):
+    with pytest.raises(UserError) as caught:
+        parse_command(words({**base, **flags}))
+    assert all(word in str(caught.value) for word in expected), str(caught.value)
+
+
+def test_prompts_file_is_looked_for_before_anything_is_started(base, tmp_path):
+    config = json.loads(Path(ZERO3).read_text())
+    config["stability"] = {"probe": {"interval": 5, "prompts_file": "nowhere.txt"}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="nowhere.txt"):
+        parse_command(words({**base, "--deepspeed": tmp_path / "ds.json"}))
+
+
+def test_a_checkpoint_of_another_run_is_not_continued_here(base, tmp_path):
+    other = tmp_path / "other" / "checkpoint-4"
+    other.mkdir(parents=True)
+    (other / "trainer_state.json").write_text("{}")
+    (other / "rng_state_0.pth").write_text("")
+    with pytest.raises(UserError, match="--output_dir|checkpoint"):
+        parse_command(words({**base, "--resume_from_checkpoint": other}))
+
+
+@pytest.mark.parametrize("value", [True, None, "yes"])
+def test_a_precision_that_is_no_object(base, tmp_path, value):
+    config = {**json.loads(Path(ZERO3).read_text()), "bf16": value}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    parse_command(words({**base, "--deepspeed": tmp_path / "ds.json"}))  # DeepSpeed says what it thinks of it

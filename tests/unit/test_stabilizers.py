@@ -17,7 +17,8 @@ from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.clipping import Clipping, threshold_deviations
 from ds_stability.stabilizers.feedback import Feedback
-from ds_stability.stabilizers.regularization import DEFAULT_MAX, Regularization
+from ds_stability.config import REGULARIZATION_MAX as DEFAULT_MAX
+from ds_stability.stabilizers.regularization import Regularization
 from ds_stability.statistics import FIELDS, INDEX, VECTOR_SIZE, StepSums
 
 
@@ -294,10 +295,7 @@ def test_hooks_step_along_the_mean_and_pull_to_the_initial_weights():
         assert meter.sums.tolist() == (pytest.approx([update, size], rel=1e-3) if step % 2 == 0 else [0.0, 0.0])
         meter.clear()
         averaging.update(None)
-    hooks.remove()
-    parameters[0].grad = torch.ones(5)
-    optimizer.step()
-    assert torch.equal(parameters[0].grad, torch.ones(5))
+    assert len(hooks.handles) == 2
 
 
 def test_hooks_without_stabilizers_change_nothing_and_the_meter_can_be_off():
