@@ -29,18 +29,18 @@ PROBE = {"num_prompts": 64, "max_new_tokens": 64}
 
 def main() -> int:
     arguments = parse_arguments()
-    output, started = Path(arguments.output).resolve(), time.monotonic()
+    output = Path(arguments.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     ds_config = output / "ds_config.json"
     write_json_atomic(ds_config, probing_config(arguments.steps, arguments.warmup_steps))
     cells = [demo_cell(level, arguments, ds_config, output) for level in arguments.levels]
-    runs = training.train_cells(cells, output, arguments.num_gpus)
+    runs, trained = training.train_cells(cells, output, arguments.num_gpus), time.monotonic()
     rows = [score(runs[cell.name], level, arguments.warmup_steps) for cell, level in zip(cells, arguments.levels, strict=True)]
     settings = {"steps": arguments.steps, "warmup_steps": arguments.warmup_steps, "num_gpus": arguments.num_gpus,
                 "tokens_per_step": BLOCK_SIZE * PER_DEVICE * arguments.num_gpus, "learning_rate": arguments.learning_rate,
                 "model": "llama_tiny", "data": "builtin:prose", "probe": PROBE}  # fmt: skip
     result = common.describe_measurement("demo", {"seed": arguments.seed}, settings)
-    result |= {"seconds": round(time.monotonic() - started, 1), "rows": rows}
+    result |= {"seconds": training.training_seconds(cells, output) + round(time.monotonic() - trained, 1), "rows": rows}
     write_json_atomic(output / "demo.json", result)
     figures.dose_response(rows, output / "demo.png", TITLE)
     print(f"\n{common.text_table(*outcome_table(rows))}\n\n{common.text_table(*stability_table(rows))}\n")

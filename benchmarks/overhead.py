@@ -32,6 +32,7 @@ def main() -> int:
     arguments = parse_arguments()
     output, started = Path(arguments.output).resolve(), time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
+    training.end_children_on_sigterm()
     groups = [measure(spec, arguments, output) for spec in model_specs(arguments)]
     settings = {key: getattr(arguments, key) for key in ("rounds", "steps", "memory_rounds", "process_rounds", "num_gpus")}
     result = common.describe_measurement("overhead", {"seed": 0}, settings)

@@ -29,12 +29,12 @@ SCORES_MUST_AGREE = 0.02  # nats of held-out cross-entropy, between the engine's
 
 def main() -> int:
     arguments = parse_arguments()
-    output, started = Path(arguments.output).resolve(), time.monotonic()
+    output = Path(arguments.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     ds_config = output / "ds_config.json"
     write_json_atomic(ds_config, cpu_config(arguments.precision))
     cells = [smollm2_cell(level, arguments, ds_config, output) for level in arguments.levels]
-    runs = training.train_cells(cells, output, arguments.num_gpus)
+    runs, trained = training.train_cells(cells, output, arguments.num_gpus), time.monotonic()
     scorer = Scorer(arguments, runs[cells[0].name])
     rows = [{"level": None, "name": "untouched"} | scorer.score(arguments.model)]
     rows += [trained_row(scorer, runs[cell.name], level) for cell, level in zip(cells, arguments.levels, strict=True)]
@@ -44,7 +44,7 @@ def main() -> int:
                  "warmup_steps": WARMUP, "model": Path(arguments.model).name, "prompts": PROMPTS, "new_tokens": NEW_TOKENS,
                  "data": [Path(name).name for name in arguments.train_file]}  # fmt: skip
     result = common.describe_measurement("smollm2", {"seed": arguments.seed}, settings)
-    result |= {"seconds": round(time.monotonic() - started, 1), "rows": rows}
+    result |= {"seconds": training.training_seconds(cells, output) + round(time.monotonic() - trained, 1), "rows": rows}
     write_json_atomic(output / "smollm2.json", result)
     print(f"\n{common.text_table(*outcome_table(rows))}\n")
     print_samples(rows)

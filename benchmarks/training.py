@@ -37,26 +37,32 @@ def train_cells(cells: Sequence[Cell], output: Path, num_gpus: int) -> dict[str,
     Raises:
         RuntimeError: a run ended without DONE; the message ends with its log.
     """
+    end_children_on_sigterm()
     runs = {}
     progress = Progress(len(cells))
     for position, cell in enumerate(cells, start=1):
-        run = RunDir(output / cell.name)
+        run, record = RunDir(output / cell.name), output / f"{cell.name}.json"
         runs[cell.name] = run
-        settings = {"flags": dict(cell.flags), "num_gpus": num_gpus}
-        if run.done.exists() and _made_by(output / f"{cell.name}.json", settings):
+        made_by = json.loads(json.dumps({"flags": dict(cell.flags), "num_gpus": num_gpus}))
+        if run.done.exists() and _read(record).get("made_by") == made_by:
             print(f"{cell.name}: done before")
             continue
         _remove_run(run)
-        write_json_atomic(output / f"{cell.name}.json", settings)
+        write_json_atomic(record, {"made_by": made_by})
         progress.begin(cell, position)
-        launch_training({**cell.flags, "output_dir": str(run.path)}, num_gpus, output / f"{cell.name}.log",
-                        lambda done: progress.show(done))  # fmt: skip
+        launch_training({**cell.flags, "output_dir": str(run.path)}, num_gpus, output / f"{cell.name}.log", progress.show)
         progress.end()
+        write_json_atomic(record, {"made_by": made_by, "seconds": round(progress.cell_seconds[-1], 1)})
     return runs
 
 
-def _made_by(path: Path, settings: Mapping[str, Any]) -> bool:
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(settings))
+def training_seconds(cells: Sequence[Cell], output: Path) -> float:
+    """Wall time that the cells took to train, start-up included, whenever that was."""
+    return sum(_read(output / f"{cell.name}.json").get("seconds", 0.0) for cell in cells)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _remove_run(run: RunDir) -> None:
@@ -156,6 +162,11 @@ def end_process(process: subprocess.Popen) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def end_children_on_sigterm() -> None:
+    """Let SIGTERM unwind the script as Ctrl-C does, so that `run_script` ends what it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def environment() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Models and batches of the short trainings; no deepspeed here, so that the plain-torch reference can use it too."""
 
+from types import SimpleNamespace
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -27,11 +29,27 @@ DEFAULTS = {
     "num_items": False,  # pass num_items_in_batch, and scale the loss by world size, as Trainer does
     "other_block": None,  # a different stability block for rank 1
     "zipf_seed": 1000,
+    "via_args": False,  # give the config as args.deepspeed_config, as deepspeed.add_config_arguments does
 }
+
+
+class OwnLossModel(torch.nn.Module):
+    """No transformers model: it computes its loss by itself."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(vocab, 16), torch.nn.Linear(16, vocab)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.embed(input_ids))[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(loss=loss)
 
 
 def build_model(run):
     torch.manual_seed(0)
+    if run["arch"] == "own_loss":
+        return OwnLossModel(run["vocab"])
     if run["arch"] == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=run["vocab"], n_positions=64, n_embd=32, n_layer=2, n_head=2,
                                           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -59,7 +60,13 @@ def make_engine(run, world):
     if run["engine"] == "plain":
         return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
     block = run["other_block"] if run["other_block"] and dist.get_rank() == 1 else run["stability"]
-    engine = ds_stability.initialize(model=model, model_parameters=trainable, config={**config, "stability": block})[0]
+    config = {**config, "stability": block}
+    if run["via_args"]:
+        path = Path(sys.argv[2]) / f"{run['name']}.{dist.get_rank()}.json"
+        path.write_text(json.dumps(config))
+        engine = ds_stability.initialize(SimpleNamespace(deepspeed_config=str(path)), model, model_parameters=trainable)[0]
+    else:
+        engine = ds_stability.initialize(model=model, model_parameters=trainable, config=config)[0]
     assert isinstance(engine, deepspeed.DeepSpeedEngine)
     if run["high_frequency"]:
         engine.stability.set_high_frequency(run["high_frequency"], run["vocab"])

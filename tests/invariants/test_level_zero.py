@@ -14,7 +14,7 @@ CASES = {
     "stage3_bf16": {"ds": BF16},
     "stage3_fp16": {"ds": {"fp16": {"enabled": True, "initial_scale_power": 8}}},
     "stage3_offload": {"ds": OFFLOAD, "optimizer": "adamw"},
-    "stage3_offload_param_bf16": {"ds": {**OFFLOAD_PARAM, **BF16}, "optimizer": "cpuadam"},
+    "stage3_offload_param_bf16": {"ds": {**OFFLOAD_PARAM, **BF16}},
     "stage3_num_items": {"num_items": True},
     "stage3_frozen": {"freeze": "embed_tokens"},
     "stage2": {"ds": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 3000}}},

@@ -29,6 +29,8 @@ RUNS += [
     {"name": "all_steps", "steps": 6, "poison": {**POISON, "step": "all"}, "stability": {**CONTROL, "max_skipped_steps": 2}},
     {"name": "masked_one", "steps": 4, "masked": {"step": 2, "micro": 0, "rank": 1}, "stability": CONTROL},
     {"name": "masked_one_level0", "steps": 4, "masked": {"step": 2, "micro": 0, "rank": 1}, "stability": {"level": 0}},
+    {"name": "masked_all_num_items", "steps": 4, "gas": 1, "num_items": True, "stability": CONTROL,
+     "masked": {"step": 2, "micro": 0, "rank": "all"}},
     {"name": "masked_all", "steps": 4, "gas": 1, "masked": {"step": 2, "micro": 0, "rank": "all"}, "stability": CONTROL},
 ]
 
@@ -66,7 +68,7 @@ def test_the_skipped_step_leaves_gain_and_moments_as_they_were(results):
 def test_fp16_overflow_is_skipped_and_does_not_end_the_run(results):
     rows = results["fp16"]["metrics"]
     assert results["fp16"]["skipped"] > 0 and rows[0]["skipped"] is True
-    assert not rows[-1].get("skipped") and results["fp16"]["state"]["applied_steps"] == 16 - results["fp16"]["skipped"]
+    assert 0 < results["fp16"]["state"]["applied_steps"] == 16 - results["fp16"]["skipped"]
     assert rows[-1]["stability/loss_scale"] < 2**24
 
 
@@ -76,10 +78,10 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(results):
     assert all(text.startswith("SkippedStepsError: 2 optimizer steps in a row") for text in errors.values())
 
 
-@pytest.mark.parametrize("name", ["masked_one", "masked_one_level0", "masked_all"])
+@pytest.mark.parametrize("name", ["masked_one", "masked_one_level0", "masked_all", "masked_all_num_items"])
 def test_a_micro_batch_without_supervised_tokens_adds_nothing(results, name):
     result = results[name]
     assert result["skipped"] == 0 and finite(result["state"])
     tokens = [row["stability/tokens"] for row in result["metrics"]]
-    assert tokens[2] < tokens[1] and (tokens[2] == 0) == (name == "masked_all")
+    assert tokens[2] < tokens[1] and (tokens[2] == 0) == name.startswith("masked_all")
     assert all(torch.isfinite(w).all() for w in result["weights"].values())

@@ -161,6 +161,7 @@ def test_a_sweep_goes_on_where_it_was_broken_off(fake_launch, tmp_path):
     assert fake_launch == ["a", "b", "b"] and runs["b"].done.exists()
     training.train_cells([first, second], tmp_path, 2)
     assert fake_launch == ["a", "b", "b"]
+    assert training.training_seconds([first, second], tmp_path) >= 0
 
 
 def test_a_cell_of_other_settings_is_trained_again(fake_launch, tmp_path):
