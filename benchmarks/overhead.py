@@ -102,14 +102,14 @@ def launch(spec: dict[str, Any], num_gpus: int, output: Path) -> dict[str, Any]:
     """Run the worker on `num_gpus` processes and read what it wrote.
 
     Raises:
-        RuntimeError: it wrote nothing; the message ends with its log.
+        FailedRun: it wrote nothing; the message ends with its log.
     """
     result, spec_file, log = output / "worker.json", output / "spec.json", output / "worker.log"
     result.unlink(missing_ok=True)
     write_json_atomic(spec_file, spec | {"output": str(result)})
     code = training.run_script(WORKER, [str(spec_file)], num_gpus, log)
     if not result.exists():
-        raise RuntimeError(f"the worker ended without a result (exit code {code}); {training.log_tail(log)}")
+        raise training.FailedRun(f"the worker ended without a result (exit code {code}); {training.log_tail(log)}")
     return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -163,4 +163,4 @@ def overhead_table(group: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(training.run_main(main))

@@ -149,7 +149,8 @@ def trained_row(scorer: Scorer, run: RunDir, level: float) -> dict[str, Any]:
     rows, scores = common.read_run(run.path), scorer.score(run.final)
     engine_value = rows[-1]["eval/cross_entropy"]
     if abs(engine_value - scores["cross_entropy"]) > SCORES_MUST_AGREE:
-        raise RuntimeError(f"{run.final}: held-out cross-entropy {scores['cross_entropy']:.4f}, the engine had {engine_value:.4f}")
+        raise RuntimeError(f"{run.final}: held-out cross-entropy {scores['cross_entropy']:.4f}, "
+                           f"the engine had {engine_value:.4f}")  # fmt: skip
     return {
         "level": level, "name": f"level {level:g}", "steps": rows[-1]["step"],
         **common.settled(rows, level, WARMUP, SETTLED_TO), **scores, "engine_cross_entropy": engine_value,
@@ -179,4 +180,4 @@ def print_samples(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(training.run_main(main))

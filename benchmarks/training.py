@@ -22,6 +22,10 @@ TEARDOWN_SECONDS = 60  # DeepSpeed on CPU now and then hangs or aborts after all
 QUIET_SECONDS = 15  # between progress lines where there is no terminal
 
 
+class FailedRun(RuntimeError):
+    """A launched script ended without its result; the message ends with its log."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One training run of a sweep: its folder's name, and its flags for launchers/train.py."""
@@ -35,7 +39,7 @@ def train_cells(cells: Sequence[Cell], output: Path, num_gpus: int) -> dict[str,
     """Train every cell that is not complete. A cell is complete if it has DONE and was made by the same flags.
 
     Raises:
-        RuntimeError: a run ended without DONE; the message ends with its log.
+        FailedRun: a run ended without DONE; the message ends with its log.
     """
     end_children_on_sigterm()
     runs = {}
@@ -78,12 +82,12 @@ def launch_training(flags: Mapping[str, Any], num_gpus: int, log: Path, on_progr
     Judged by its DONE file: DeepSpeed on CPU now and then aborts after all work is done.
 
     Raises:
-        RuntimeError: no DONE; the message ends with the end of the log.
+        FailedRun: no DONE; the message ends with the end of the log.
     """
     run = RunDir(flags["output_dir"])
     code = run_script(TRAIN_SCRIPT, flag_words(flags), num_gpus, log, lambda process: _watch(process, run, on_progress))
     if not run.done.exists():
-        raise RuntimeError(f"{run.path}: training ended without DONE (exit code {code}); {log_tail(log)}")
+        raise FailedRun(f"{run.path}: training ended without DONE (exit code {code}); {log_tail(log)}")
 
 
 def log_tail(log: Path, lines: int = 25) -> str:
@@ -162,6 +166,18 @@ def end_process(process: subprocess.Popen) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def run_main(main: Callable[[], int]) -> int:
+    """Exit code of `main`, with a failed run told without a traceback, and Ctrl-C in one line."""
+    try:
+        return main()
+    except FailedRun as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command keeps what is complete", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def end_children_on_sigterm() -> None:

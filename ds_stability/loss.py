@@ -167,8 +167,8 @@ class StabilityLoss:
         if self.chunked and (self.forwards == 0 or self.backwards == 0):
             raise StabilityConfigError(
                 "the training loss did not pass through the model's loss function, so no stability level above 0 can act on "
-                "it (DPO, GRPO, Liger, label_smoothing_factor, compute_loss_func do this); set stability.level to 0, or "
-                "train with the model's own loss"
+                "it (DPO, GRPO, Liger, label_smoothing_factor and compute_loss_func do this, and so does a model in eval mode: call "
+                "engine.train()); set stability.level to 0, or train with the model's own loss"
             )
         self.forwards = self.backwards = 0
 
