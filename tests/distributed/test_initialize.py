@@ -18,7 +18,7 @@ REFUSED = {
     ),
     "auto": ({"ds": {"train_batch_size": "auto"}, "stability": {"level": 0.5}}, ["train_batch_size", "auto"]),
     "near_miss": ({"ds": {"stabilty": {"level": 0.5}}}, ["stabilty", "stability"]),
-    "no_norm": ({"ds": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}}, ["compute_grad_norm"]),
+    "no_norm": ({"clip": 0.0, "ds": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}}, ["compute_grad_norm"]),
 }
 RUNS = [{"name": name, "steps": 2, **case} for name, (case, _) in REFUSED.items()] + [
     {"name": "by_config", "steps": 2, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}}},

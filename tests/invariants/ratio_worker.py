@@ -1,6 +1,7 @@
 """Tiny models on real English prose, from scratch, under ZeRO-3: the variance ratio step by step.
 
-Usage: deepspeed --num_gpus 2 ratio_worker.py OUT.json ARCH:LEVEL [...]. Rank 0 writes {"ARCH:LEVEL": [metrics, ...]}.
+Usage: deepspeed --num_gpus 2 ratio_worker.py OUT.json ARCH:LEVEL [...]. Rank 0 writes {"ARCH:LEVEL": [metrics, ...]}. ARCH
+"trained" goes on from the weights of a level-0 llama, saved and loaded by from_pretrained, with the warm-up of such a model.
 """
 
 import gc
@@ -20,10 +21,13 @@ from ds_stability.data.readers import read_documents
 from ds_stability.data.tokenizer import train_bpe
 
 STEPS, VOCAB, BLOCK, MICRO = 232, 512, 64, 8  # 1,024 tokens a step on two ranks
+TRAINED_STEPS = 142
 
 
-def build_model(arch):
+def build_model(arch, folder):
     torch.manual_seed(0)
+    if arch == "trained":
+        return LlamaForCausalLM.from_pretrained(folder, use_cache=False).train()  # it comes in eval mode
     if arch == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=BLOCK, n_embd=64, n_layer=2, n_head=2, use_cache=False,
                                           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
@@ -32,7 +36,15 @@ def build_model(arch):
                                         max_position_embeddings=BLOCK))  # fmt: skip
 
 
-def train(arch, level, blocks):
+def save_weights(engine, folder):
+    """What from_pretrained needs, from the partitions of both ranks."""
+    weights = {n: deepspeed.utils.safe_get_full_fp32_param(p).cpu() for n, p in engine.module.named_parameters()}
+    if dist.get_rank() == 0:
+        engine.module.save_pretrained(folder, state_dict=weights)
+    dist.barrier()
+
+
+def train(arch, level, blocks, folder):
     config = {
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_accumulation_steps": 1,
@@ -42,11 +54,11 @@ def train(arch, level, blocks):
         "zero_optimization": {"stage": 3, "reduce_bucket_size": 200_000},
         "stability": {"level": level, "statistics": {"gradient_noise_scale": False, "update_ratio_interval": 0}},
     }
-    model = build_model(arch)
+    model = build_model(arch, folder)
     engine = ds_stability.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).tolist()
     rows, position = [], dist.get_rank()
-    for _ in range(STEPS):
+    for _ in range(TRAINED_STEPS if arch == "trained" else STEPS):
         chosen = []
         for _ in range(MICRO):
             chosen.append(blocks[order[position % len(order)]])
@@ -55,6 +67,8 @@ def train(arch, level, blocks):
         engine.backward(engine(**batch).loss)
         engine.step()
         rows.append(engine.stability.metrics)
+    if level == 0.0:
+        save_weights(engine, folder)
     engine.destroy()
     return rows
 
@@ -65,7 +79,8 @@ def main():
     spec = DataSpec(dataset_name="builtin:prose")
     blocks, _, _ = load_blocks(spec, train_bpe(read_documents(spec), VOCAB), BLOCK)
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    results = {case: train(case.split(":")[0], float(case.split(":")[1]), blocks) for case in arguments[1:]}
+    folder = str(Path(arguments[0]).with_name("level-zero"))
+    results = {case: train(case.split(":")[0], float(case.split(":")[1]), blocks, folder) for case in arguments[1:]}
     if dist.get_rank() == 0:
         Path(arguments[0]).write_text(json.dumps(results))
     sys.stdout.flush()
