@@ -46,6 +46,7 @@ def test_no_host_synchronization_in_forward_and_backward():
         loss(logits, labels).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert logits.grad.isfinite().all()
 
 
 def test_the_same_bits_twice():

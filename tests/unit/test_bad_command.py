@@ -211,4 +211,5 @@ def test_a_checkpoint_of_another_run_is_not_continued_here(base, tmp_path):
 def test_a_precision_that_is_no_object(base, tmp_path, value):
     config = {**json.loads(Path(ZERO3).read_text()), "bf16": value}
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    parse_command(words({**base, "--deepspeed": tmp_path / "ds.json"}))  # DeepSpeed says what it thinks of it
+    command = parse_command(words({**base, "--deepspeed": tmp_path / "ds.json"}))
+    assert command.ds_config["bf16"] == value  # left to DeepSpeed, which says what it thinks of it
