@@ -219,7 +219,9 @@ def test_a_read_only_directory_is_refused(tmp_path):
 def test_resume_of_the_same_run(tmp_path):
     make_run(tmp_path / "a", {**IDENTITY, "schedule": ((0, 0.1), (5, 0.2))})
     # lists read back from JSON equal tuples given now
+    before = sorted(path.name for path in (tmp_path / "a").iterdir())
     check_output_dir(tmp_path / "a", resume=True, identity={**IDENTITY, "schedule": ((0, 0.1), (5, 0.2))})
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == before  # the check itself leaves nothing behind
 
 
 @pytest.mark.parametrize(
