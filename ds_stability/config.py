@@ -55,6 +55,15 @@ class _Section(BaseModel):
 
 class FeedbackConfig(_Section):
     level: _OptionalLevel = _family_level("level L of feedback, whose target variance ratio is 1 - L")
+    permute: bool = Field(
+        False,
+        description="control: multiply the losses by the same weights in random order, so that no weight is tied to its "
+        "token's surprisal",
+    )
+    replay: _Path | None = Field(
+        None,
+        description="control: metrics.jsonl of a run whose gains are used again, step by step, whatever the ratio is (open loop)",
+    )
 
 
 class ClippingConfig(_Section):
@@ -161,6 +170,13 @@ class StabilityConfig(_Section):
             raise InvalidValue(
                 ".loss_path", "stock",
                 '"chunked" or null, as feedback, z_loss and label_smoothing above level 0 act through the chunked loss',
+            )  # fmt: skip
+        feedback = self.families.get("feedback")
+        if feedback is not None and (feedback.permute or feedback.replay) and self.max_level("feedback") == 0:
+            key = "replay" if feedback.replay else "permute"
+            raise InvalidValue(
+                f".stabilizers.feedback.{key}", getattr(feedback, key),
+                "left out at level 0, where every weight is 1; give feedback the level of the run that this one controls for",
             )  # fmt: skip
         if self.statistics.interval != 1 and self.resolved_loss_path != "stock":
             raise InvalidValue(

@@ -51,10 +51,12 @@ class FeedbackController:
         gain_max: upper bound of the gain; level 1 ends there.
         trim_kp, trim_ki, trim_max: PI term on the ratio's error and the bound of its output, in units of gain.
         ema_decay: decay per applied step of the surprisal moments.
+        gains: the gain of each applied step, used instead of a solved one (open loop); the last one is held after the end.
     """
 
     def __init__(self, level_at, warmup_steps, ramp_steps=5, gain_max=8.0, trim_kp=0.1, trim_ki=0.02, trim_max=0.5,
-                 ema_decay=0.9):  # fmt: skip
+                 ema_decay=0.9, gains=None):  # fmt: skip
+        self.gains = gains
         self.level_at = level_at
         self.warmup_steps, self.ramp_steps, self.gain_max = warmup_steps, ramp_steps, gain_max
         self.trim_kp, self.trim_ki, self.trim_max = trim_kp, trim_ki, trim_max
@@ -79,7 +81,7 @@ class FeedbackController:
         moments = surprisal_moments(sums)
         if moments is not None:
             self._observe(sums, moments)
-            if ramp >= 1.0:
+            if ramp >= 1.0 and self.gains is None:
                 self._update_trim(variance_ratio(sums), target)
         state.applied_steps += 1
         if state.moment_steps:
@@ -121,7 +123,9 @@ class FeedbackController:
         target, ramp = 1.0 - self.level, self._ramp(state.applied_steps)
         points, masses = hist.quadrature(np.array(state.histogram).reshape(hist.NUM_BINS, 3))
         gain, state.saturated = 0.0, False
-        if ramp > 0.0 and target < 1.0:
+        if self.gains is not None:
+            gain = self.gains[min(state.applied_steps, len(self.gains) - 1)]
+        elif ramp > 0.0 and target < 1.0:
             solved, state.saturated = hist.solve_gain(points, masses, target, self.gain_max, mu, sigma)
             trim = 0.0 if state.saturated else state.trim
             gain = ramp * min(max(solved + trim, 0.0), self.gain_max)

@@ -146,6 +146,9 @@ class StabilityLoss:
         objective: per-token objective of the coming step.
         measure: False lets the stock path skip its statistics in this step (`statistics.interval`).
         high_frequency_V: fp32 0/1 mask, or None.
+        permutation_step: the applied step that seeds a permutation of the weights (a control experiment), or None for none.
+            The recorded weighted moments stay those of the weights in place; the recorded loss is the one optimized.
+        rank: of this process, another part of that seed.
         train, evaluation: accumulators. on_backward(grad_output, denominator, tokens) is told of every backward.
     """
 
@@ -155,6 +158,8 @@ class StabilityLoss:
         self.high_frequency_V: torch.Tensor | None = None
         self.train, self.evaluation = TokenAccumulator(device), TokenAccumulator(device)
         self.forwards = self.backwards = 0
+        self.permutation_step: int | None = None
+        self.rank = 0
         self.interleaved = False  # refuse a second forward before the backward of the first
         self.on_backward: Callable | None = None
 
@@ -206,6 +211,8 @@ class StabilityLoss:
         tokens = mask_N.sum()
         denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         objective_N, weight_N = weighted_N
+        if self.permutation_step is not None:
+            weight_N = self._permuted(weight_N, objective_N, mask_N)
         coefficient_N = torch.where(mask_N, weight_N / self.setting.mean_weight / denominator, 0.0)
         loss_sum = torch.where(mask_N, coefficient_N * objective_N, 0.0).sum()
         # A non-finite surprisal can still have a finite gradient; every rank has to see that this step is lost.
@@ -221,6 +228,19 @@ class StabilityLoss:
         self.forwards += 1
         return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective, chunk,
                                    lambda grad: self._report(grad, denominator, tokens))  # fmt: skip
+
+    @torch.no_grad()
+    def _permuted(self, weight_N, objective_N, mask_N):
+        """The weights of the supervised tokens of this micro-batch in random order; the recorded loss follows."""
+        seed = (self.permutation_step * 65_537 + self.forwards) * 65_537 + self.rank
+        keys_N = torch.rand(len(weight_N), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        order_N = torch.where(mask_N, keys_N.to(mask_N.device), 2.0).argsort()  # supervised tokens first, shuffled
+        places_N = (~mask_N).to(torch.int8).argsort(stable=True)  # supervised tokens first, in their order
+        permuted_N = torch.empty_like(weight_N)
+        permuted_N[places_N] = weight_N[order_N]
+        change_N = (permuted_N.double() - weight_N.double()) / self.setting.mean_weight * objective_N.double()
+        self.train.sums_K[TOKEN_FIELDS.index("loss")] += torch.where(mask_N, change_N, 0.0).sum()
+        return permuted_N
 
     @torch.no_grad()
     def _record(self, accumulator, logits_NV, targets_N, ignore_index, keep=False):

@@ -24,7 +24,7 @@ from ds_stability.noise import MicroGradientMeter
 from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.clipping import Clipping
-from ds_stability.stabilizers.feedback import Feedback
+from ds_stability.stabilizers.feedback import Feedback, read_gains
 from ds_stability.stabilizers.regularization import Regularization
 from ds_stability.statistics import (
     STEP_FIELDS,
@@ -91,12 +91,17 @@ class Stability:
             if config.max_level(family) > 0 and any(p.dtype != torch.float32 for p in partitions):
                 raise StabilityConfigError(f"stabilizer {name!r} needs fp32 master weights; these are {partitions[0].dtype}")
         self.clipping = self.averaging = self.regularization = None
+        feedback = families.get("feedback")
+        gains = None
+        if feedback is not None and feedback.replay is not None:
+            gains = agree(lambda: read_gains(feedback.replay))
+            require_equal({"gains": gains}, self.device, self.group, "replayed gains")
         controller = FeedbackController(
             lambda step: config.family_level("feedback", step),
             control.warmup_steps, control.ramp_steps, control.gain_max, control.trim_kp, control.trim_ki,
-            control.trim_max, config.statistics.ema_decay,
+            control.trim_max, config.statistics.ema_decay, gains,
         )  # fmt: skip
-        self.feedback = Feedback(controller)
+        self.feedback = Feedback(controller, feedback is not None and feedback.permute)
         if config.max_level("clipping") > 0:
             self.clipping = Clipping(lambda step: config.family_level("clipping", step), control.warmup_steps,
                                      families["clipping"].ema_decay)  # fmt: skip
@@ -121,6 +126,7 @@ class Stability:
             return None
         stock = model.loss_function.stock if isinstance(model.loss_function, StabilityLoss) else model.loss_function
         loss = StabilityLoss(model, stock, chunked, self.device, self.config.statistics.chunk_size)
+        loss.rank = dist.get_rank(group=self.group)
         loss.interleaved = chunked and engine.zero_optimization_stage() == 3
         model.loss_function = loss
         return loss

@@ -23,6 +23,7 @@ from ds_stability.deepspeed_config import load_ds_config, section
 from ds_stability.errors import UserError
 from ds_stability.run_dir import RunDir, check_output_dir, is_complete_checkpoint
 from ds_stability.schedule import parse_level_flag
+from ds_stability.stabilizers.feedback import read_gains
 
 
 @dataclass
@@ -242,6 +243,9 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     file = stability.statistics.high_frequency_file
     if file is not None and not os.path.isfile(file):
         raise UserError(f"--high_frequency_file {file}: no such file")
+    feedback = stability.families.get("feedback")
+    if feedback is not None and feedback.replay is not None:
+        read_gains(feedback.replay)
     return ds_config, stability
 
 

@@ -1,16 +1,25 @@
 """Feedback: token weights that hold the variance ratio of surprisal at 1 - level (design section 3)."""
 
+import json
+import math
+from pathlib import Path
+
 from ds_stability.controller import FeedbackController
+from ds_stability.errors import StabilityConfigError
 
 
 class Feedback:
-    """Hands the controller's setting to the loss. Level 0 throughout (observation) keeps the gain at 0."""
+    """Hands the controller's setting to the loss. Level 0 throughout (observation) keeps the gain at 0.
 
-    def __init__(self, controller: FeedbackController):
-        self.controller = controller
+    `permute` is a control experiment: the loss gets the same weights in random order.
+    """
+
+    def __init__(self, controller: FeedbackController, permute: bool = False):
+        self.controller, self.permute = controller, permute
 
     def prepare(self, step, loss):
         loss.setting = self.controller.setting
+        loss.permutation_step = step if self.permute else None
 
     def update(self, sums):
         self.controller.update(sums)
@@ -33,3 +42,22 @@ class Feedback:
 
     def load_state_dict(self, state):
         self.controller.load_state_dict(state)
+
+
+def read_gains(path: str) -> tuple[float, ...]:
+    """The gain in force at each applied step of another run, from its metrics.jsonl (`stabilizers.feedback.replay`).
+
+    Raises:
+        StabilityConfigError: there is no such file, or it holds no gain.
+    """
+    key = f"stability.stabilizers.feedback.replay {path}"
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        gains = tuple(float(line["stability/gain"]) for line in lines if "stability/gain" in line and not line.get("skipped"))
+    except OSError as error:
+        raise StabilityConfigError(f"{key}: {error.strerror}; give the metrics.jsonl of a finished run") from None
+    except (ValueError, TypeError, AttributeError):
+        raise StabilityConfigError(f"{key}: is no metrics.jsonl (one JSON object a line); give that of a finished run") from None
+    if not gains or not all(math.isfinite(gain) and gain >= 0 for gain in gains):
+        raise StabilityConfigError(f"{key}: holds no gains; give the metrics.jsonl of a run with feedback")
+    return gains

@@ -26,7 +26,7 @@ from ds_stability.errors import StabilityConfigError
 FULL = {
     "level": [[0, 0], [200, 0.5]],
     "stabilizers": {
-        "feedback": {"level": 0.25},
+        "feedback": {"level": 0.25, "permute": True, "replay": "a.jsonl"},
         "clipping": {"level": 0.2, "ema_decay": 0.9},
         "averaging": {"beta_max": 0.9},
         "regularization": {"kind": "label_smoothing", "max": 0.2},
@@ -61,7 +61,7 @@ def test_the_empty_block_is_plain_training():
 def test_every_key_can_be_set_and_is_kept():
     cfg = StabilityConfig.parse(FULL)
     assert cfg.to_dict() == {**FULL, "stabilizers": {
-        "feedback": {"level": 0.25},
+        "feedback": {"level": 0.25, "permute": True, "replay": "a.jsonl"},
         "clipping": {"level": 0.2, "ema_decay": 0.9},
         "averaging": {"level": None, "beta_max": 0.9},
         "regularization": {"level": None, "kind": "label_smoothing", "max": 0.2},

@@ -23,7 +23,7 @@ def ids(paths):
 def test_the_shipped_set_is_complete():
     trainer = {"zero3_cpu", "zero3_bf16", "zero3_bf16_offload", "zero3_bf16_multinode", "zero2_bf16"}
     assert {path.stem for path in CONFIGS} == trainer | {"loop_zero3"}
-    assert {path.stem for path in MODELS} == {"llama_tiny", "gpt2_tiny"}
+    assert {path.stem for path in MODELS} == {"llama_tiny", "gpt2_tiny", "gpt_neox_tiny"}
 
 
 @pytest.mark.parametrize("path", **ids(CONFIGS))

@@ -1,0 +1,215 @@
+"""Reads the cells of an evaluation folder, and says of each broken or unfinished one what is wrong with it.
+
+    evals/NAME/cells/ID/{cell.json, scores.json, items.parquet, samples.jsonl, DONE}
+
+Nothing is dropped in silence: a cell without DONE, or whose results cannot be read, is `Incomplete`; what a whole cell
+lacks beside its scores (samples cut off, no training metrics) is a problem that the report prints.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ds_stability.errors import UserError
+
+from .records import Measured
+
+ITEM_COLUMNS = ("metric", "decoding", "split", "unit_id", "total", "count")
+OWN_AXES = ("level", "architecture", "seed", "arm")  # what the report already distinguishes
+UNTOUCHED = "untouched"
+
+
+class Key(NamedTuple):
+    """Which figure: its metric, and the decoding or the split of text it was taken on."""
+
+    metric: str
+    decoding: str | None = None
+    split: str | None = None
+
+    @property
+    def where(self) -> str:
+        return self.decoding or self.split or ""
+
+    def __str__(self) -> str:
+        return f"{self.metric} ({self.where})" if self.where else self.metric
+
+
+class Incomplete(NamedTuple):
+    id: str
+    reason: str
+
+
+@dataclass
+class Cell:
+    """One evaluated model.
+
+    Attributes:
+        meta: cell.json. rows: scores.json's row of each key. measured: the units of each key, where there are any.
+        architecture, arm, level, seed: the training run's; level and seed are None for a model that no run of ours made.
+    """
+
+    id: str
+    folder: Path
+    meta: dict[str, Any]
+    rows: dict[Key, dict[str, Any]]
+    measured: dict[Key, Measured]
+    architecture: str
+    arm: str
+    level: float | None
+    seed: int | None
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples.jsonl"
+
+    def value(self, key: Key) -> float | None:
+        return self.rows[key].get("value") if key in self.rows else None
+
+
+@dataclass
+class Evaluation:
+    name: str
+    folder: Path
+    cells: list[Cell]
+    incomplete: list[Incomplete] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """All cells under `folder`/cells.
+
+    Raises:
+        UserError: no such folder, no complete cell, two cells with one id, or two with one (arm, level, architecture, seed).
+    """
+    if not (folder / "cells").is_dir():
+        raise UserError(f"{folder}: no folder cells/ in it; give the --output_dir of ds-stability eval (evals/NAME)")
+    found = Evaluation(folder.resolve().name, folder, [])
+    for place in sorted(path for path in (folder / "cells").iterdir() if path.is_dir() and not path.name.startswith(".")):
+        try:
+            found.cells.append(_read_cell(place))
+        except _Broken as error:
+            found.incomplete.append(Incomplete(place.name, str(error)))
+    if not found.cells:
+        reasons = "; ".join(f"{cell.id}: {cell.reason}" for cell in found.incomplete[:3]) or "cells/ is empty"
+        raise UserError(f"{folder}: no complete cell to report on ({reasons}); finish them with ds-stability eval")
+    _name_variants(found.cells)
+    _refuse_twins(found.cells)
+    found.problems += _disagreements(found.cells)
+    return found
+
+
+class _Broken(Exception):
+    pass
+
+
+def _read_cell(folder: Path) -> Cell:
+    if not (folder / "DONE").exists():
+        raise _Broken("not finished: no DONE")
+    meta, scores = _read_object(folder / "cell.json"), _read_object(folder / "scores.json")
+    try:
+        rows = {Key(row["metric"], row.get("decoding"), row.get("split")): row for row in scores["rows"]}
+    except (KeyError, TypeError, AttributeError):
+        raise _Broken("scores.json: not a list of rows with a metric each") from None
+    run = meta.get("run") if isinstance(meta.get("run"), dict) else {}
+    identity = str(meta.get("id", folder.name))
+    return Cell(
+        id=identity,
+        folder=folder,
+        meta=meta,
+        rows=rows,
+        measured=_read_items(folder / "items.parquet", rows),
+        architecture=str(run.get("architecture") or meta.get("architecture") or "unknown architecture"),
+        arm=str(run.get("arm") or "feedback") if run else f"{UNTOUCHED}: {identity}",
+        level=_number(run.get("level")),
+        seed=None if run.get("seed") is None else int(run["seed"]),
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        raise _Broken(f"no {path.name}") from None
+    except json.JSONDecodeError as error:
+        raise _Broken(f"{path.name}: cut off or broken at line {error.lineno} ({error.msg})") from None
+    except OSError as error:
+        raise _Broken(f"{path.name}: cannot be read ({error.strerror})") from None
+    if not isinstance(value, dict):
+        raise _Broken(f"{path.name}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value) else None
+
+
+def _read_items(path: Path, rows: dict[Key, dict[str, Any]]) -> dict[Key, Measured]:
+    """Units by key, in the order of their ids, so that equal sets of units are equal lists."""
+    if not path.exists():
+        return {}
+    try:
+        frame = pd.read_parquet(path, columns=list(ITEM_COLUMNS))
+    except Exception as error:  # pyarrow has errors of its own for each way in which a file can be broken
+        raise _Broken(f"items.parquet: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    frame = frame.astype({"unit_id": str}).sort_values("unit_id", kind="stable")
+    measured = {}
+    for (metric, decoding, split), part in frame.groupby(["metric", "decoding", "split"], dropna=False, sort=False):
+        key = Key(metric, None if pd.isna(decoding) else decoding, None if pd.isna(split) else split)
+        if rows.get(key, {}).get("value") is not None:
+            measured[key] = Measured(metric, part["unit_id"].tolist(), part["total"].to_numpy(), part["count"].to_numpy(),
+                                     decoding=key.decoding, split=key.split)  # fmt: skip
+    return measured
+
+
+def _name_variants(cells: Sequence[Cell]) -> None:
+    """Axes of a sweep beyond level, architecture and seed make arms of their own, where they vary within an arm."""
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for cell in cells:
+        for axis, value in _extra_axes(cell).items():
+            values[cell.arm, axis].add(value)
+    for cell in cells:
+        varied = [f"{axis}={value}" for axis, value in sorted(_extra_axes(cell).items()) if len(values[cell.arm, axis]) > 1]
+        cell.meta["variant"] = varied
+    for cell in cells:
+        cell.arm = ", ".join([cell.arm, *cell.meta["variant"]])
+
+
+def _extra_axes(cell: Cell) -> dict[str, str]:
+    run = cell.meta.get("run")
+    axes = run.get("axes") if isinstance(run, dict) else None
+    return {str(name): str(value) for name, value in (axes or {}).items() if name not in OWN_AXES}
+
+
+def _refuse_twins(cells: Sequence[Cell]) -> None:
+    _refuse_equal(cells, lambda cell: cell.id, "id")
+    runs = [cell for cell in cells if cell.meta.get("run")]
+    _refuse_equal(runs, lambda cell: (cell.arm, cell.level, cell.architecture, cell.seed), "(arm, level, architecture, seed)")
+
+
+def _refuse_equal(cells: Sequence[Cell], identity: Callable[[Cell], Any], what: str) -> None:
+    seen: dict[Any, Cell] = {}
+    for cell in cells:
+        other = seen.setdefault(identity(cell), cell)
+        if other is not cell:
+            raise UserError(
+                f"cells {other.folder.name} and {cell.folder.name} have one {what}, {identity(cell)}: they would be counted "
+                f"as two; take one out of {cell.folder.parent}"
+            )
+
+
+def _disagreements(cells: Sequence[Cell]) -> list[str]:
+    """What makes cells incomparable, in sentences."""
+    problems = []
+    suites = {str(cell.meta.get("suite_fingerprint")) for cell in cells}
+    if len(suites) > 1:
+        problems.append(f"the cells were evaluated under {len(suites)} different suites: their figures are not comparable")
+    sets = {json.dumps((cell.meta.get("high_frequency") or {}).get("sha")) for cell in cells}
+    if len(sets) > 1:
+        problems.append(f"the cells use {len(sets)} different high-frequency sets: their high-frequency shares are not comparable")
+    return problems
