@@ -5,7 +5,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # The folders of the top level live inside one installed package: a wheel has one top-level name.
-FOLDERS = {"ds_stability.launchers": "launchers", "ds_stability.ds_configs": "ds_configs", "ds_stability.eval": "eval"}
+FOLDERS = {
+    "ds_stability.launchers": "launchers",
+    "ds_stability.ds_configs": "ds_configs",
+    "ds_stability.eval": "eval",
+    "ds_stability.eval.metrics": "eval/metrics",
+}
 
 setup(
     name="ds_stability",
@@ -19,7 +24,8 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "ds_stability.ds_configs": ["*.json", "models/*.json"],
-        "ds_stability.launchers": ["*.md", "hostfile.example", "recipes/*.yaml"],
+        "ds_stability.launchers": ["*.md", "hostfile.example", "recipes/*.yaml", "sweeps/*.yaml"],
+        "ds_stability.eval": ["*.yaml", "*.j2", "suites/*.yaml", "suites/tasks/*"],
     },
     install_requires=[
         "torch>=2.6",
@@ -32,13 +38,22 @@ setup(
         "safetensors>=0.5",
         "numpy>=1.26",
         "pyyaml>=6.0",
+        "scipy>=1.11",
+        "matplotlib>=3.8",
+        "jinja2>=3.1",
+        "pandas>=2.0",
     ],
     extras_require={
         "peft": ["peft>=0.17"],
-        "plot": ["matplotlib>=3.8"],
+        "lm-eval": ["lm-eval>=0.4.13"],
+        "slurm": ["submitit>=1.5"],
+        "vllm": ["vllm>=0.10"],
         "trl": ["trl>=1.16"],
         "gguf": ["gguf>=0.17"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.17", "matplotlib>=3.8", "scipy>=1.11", "trl>=1.16"],
+        "test": [
+            "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "peft>=0.17", "trl>=1.16", "lm-eval>=0.4.13", "submitit>=1.5",
+            "sacrebleu>=2.4", "playwright>=1.45",
+        ],
     },
     entry_points={"console_scripts": ["ds-stability=ds_stability.cli:main"]},
 )

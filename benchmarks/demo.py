@@ -8,7 +8,6 @@ OUTPUT/demo.png. Started again, it goes on where it was broken off: a cell with 
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -61,8 +60,6 @@ def parse_arguments() -> argparse.Namespace:
     wrong = [level for level in arguments.levels if not 0 <= level <= 1]
     if wrong:
         parser.error(f"--levels {wrong[0]}: allowed are numbers from 0 to 1")
-    if importlib.util.find_spec("matplotlib") is None:  # told now, not after five trainings
-        parser.error("the figure needs matplotlib; install ds_stability[plot]")
     if arguments.steps <= arguments.warmup_steps + RAMP:
         parser.error(f"--steps {arguments.steps}: allowed is more than {arguments.warmup_steps + RAMP}, warm-up and ramp")
     arguments.levels = sorted(set(arguments.levels))
