@@ -42,7 +42,50 @@ def _run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-SUBCOMMANDS = (add_inspect,)
+def add_sweep(subparsers: Any) -> None:
+    """`sweep FILE.yaml`: train every cell of a grid, then evaluate them."""
+    parser = subparsers.add_parser("sweep", help="train every cell of a grid under the deepspeed launcher, then evaluate them")
+    parser.add_argument("file", help="the sweep's YAML, or the name of one that ships, such as reproduce")
+    parser.add_argument("--output_dir", help="folder of the sweep; default runs/NAME")
+    parser.add_argument("--num_gpus", type=int, help="processes that a cell is trained by; default the file's")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+                        help="change a flag, stability.KEY, grid.AXIS or evaluate.KEY of the file; may be given often")  # fmt: skip
+    parser.add_argument("--retries", type=int, default=1, help="how often a cell that failed is tried again")
+    parser.add_argument("--dry_run", action="store_true", help="check all cells and list them, and train nothing")
+    parser.add_argument("--no_evaluate", action="store_true", help="train only")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", help="train each cell on all hosts of this file")
+    where.add_argument("--slurm", nargs="*", metavar="KEY=VALUE",
+                       help="train the cells as a Slurm array (extra `slurm`); submitit parameters such as slurm_partition=gpu")  # fmt: skip
+    parser.set_defaults(run=_run_sweep)
+
+
+def _run_sweep(args: argparse.Namespace) -> int:
+    from ds_stability.launchers.sweep_command import run
+
+    return run(args)
+
+
+SUBCOMMANDS = (add_inspect, add_eval, add_sweep)
+
+
+def add_eval(subparsers: Any) -> None:
+    """`eval MODEL...`: evaluate models, each as a cell of --output_dir."""
+    from ds_stability.eval.command import add_flags
+
+    parser = subparsers.add_parser("eval", help="evaluate models: samples, scores on text, grammar and downstream tasks")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a run or a model, or hub name")
+    add_flags(parser)
+    parser.add_argument("--num_gpus", type=int, metavar="N", help="processes on each machine, one per GPU (default: 1)")
+    parser.add_argument("--hostfile", metavar="FILE", help="machines to use, as for `deepspeed --hostfile`")
+    parser.add_argument("--master_port", type=int, metavar="PORT", help="port of the launcher's process group")
+    parser.set_defaults(run=_run_eval)
+
+
+def _run_eval(args: argparse.Namespace) -> int:
+    from ds_stability.eval.command import run_command
+
+    return run_command(args)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -113,7 +113,7 @@ def _problem_line(problem: Any, model: type[BaseModel], source: str) -> str:
         allowed = known[dotted].allowed
     else:  # the whole block, or a family
         allowed = "an object with any of the keys " + ", ".join(_keys_below(dotted, known))
-    if isinstance(given, str) and given == "auto":
+    if isinstance(given, str) and given == "auto" and source.startswith("stability"):
         return f'{path}: "auto" is not allowed inside the stability block, where nothing fills it in; must be {allowed}'
     return f"{path}: {show_value(given)} is not allowed; must be {allowed}"
 

@@ -13,7 +13,9 @@ from ds_stability import engine_of
 from ds_stability.console import agree
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
 from ds_stability.data.tokenizer import tokenizer_hash
+from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
+from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
 from ds_stability.probe import Probe, prompts_from_blocks, prompts_from_file
 from ds_stability.run_dir import RunDir, build_manifest, check_output_dir
 
@@ -38,10 +40,13 @@ def require_same_run(command: Command, run: RunDir, identity: dict[str, Any]) ->
 
 def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: dict, frequent: HighFrequencySet,
               args: TrainArguments) -> None:  # fmt: skip
-    """Write the manifest and high_frequency.json, on rank 0 of a new run; after all that can be wrong was checked."""
-    if command.resume is not None or args.process_index != 0:
+    """Lock the folder; for a new run write the manifest and high_frequency.json. On rank 0, after all that can be wrong
+    was checked."""
+    if args.process_index != 0:
         return
-    run.create()
+    hold_run(run.create(), command.resume is not None)
+    if command.resume is not None:
+        return
     resolved = {
         "model": dataclasses.asdict(command.model),
         "data": command.spec.to_dict(),
@@ -53,6 +58,20 @@ def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: di
     run.write_manifest(build_manifest(config=resolved, identity=identity, seeds=seeds, data=facts,
                                       world_size=args.world_size, hosts=_hosts()))  # fmt: skip
     frequent.save(os.fspath(run.path / FILE_NAME))
+
+
+def hold_run(run: RunDir, resume: bool) -> None:
+    """Hold the run's lock for the life of this process.
+
+    Raises:
+        UserError: another process trains in this folder, or did so since the command line was checked.
+    """
+    if try_lock(run.path / TRAIN_LOCK) is None:
+        raise UserError(f"--output_dir {run.path}: another process is training in this folder; wait for it, or give another "
+                        "--output_dir")
+    if run.done.exists() or (not resume and run.manifest.exists()):
+        raise UserError(f"--output_dir {run.path}: another process has trained in this folder meanwhile; give another "
+                        "--output_dir")
 
 
 def run_identity(command: Command, config: Any, facts: dict) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""How a script of ours is started under the `deepspeed` launcher: on this machine, or on the hosts of a hostfile.
+
+Success of a training is its DONE file, not an exit code: DeepSpeed on CPU now and then hangs or aborts after all work is
+done.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_stability.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+TRAIN_SCRIPT = HERE / "train.py"
+EVAL_SCRIPT = HERE.parent / "eval" / "run.py"
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 10  # between SIGTERM and SIGKILL
+TEARDOWN_SECONDS = 60  # for a training that has DONE to end by itself
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where a cell is trained: `processes` on this machine, or all slots of a hostfile (by pdsh, as `deepspeed` does)."""
+
+    processes: int
+    hostfile: str | None = None
+
+    @classmethod
+    def of(cls, num_gpus: int | None, hostfile: str | None) -> "Hosts":
+        if hostfile is None:
+            return cls(num_gpus or default_processes())
+        slots = count_slots(hostfile)
+        if num_gpus is not None and num_gpus != slots:
+            raise UserError(f"--hostfile {hostfile} has {slots} slots and num_gpus is {num_gpus}; leave num_gpus out, or give "
+                            "the same number")  # fmt: skip
+        return cls(slots, os.path.abspath(hostfile))
+
+    def command(self, script: Path, words: Sequence[str], port: int) -> list[str]:
+        where = ["--hostfile", self.hostfile] if self.hostfile else ["--num_gpus", str(self.processes)]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port), str(script), *words]
+
+
+def count_slots(hostfile: str) -> int:
+    """Sum of the slots in a hostfile (`name slots=N` a line). UserError if it is none."""
+    try:
+        lines = Path(hostfile).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--hostfile {hostfile}: cannot be read ({error})") from None
+    total = 0
+    for number, line in enumerate(lines, 1):
+        words = line.split("#")[0].split()
+        if words:
+            slots = words[1].removeprefix("slots=") if len(words) == 2 and words[1].startswith("slots=") else ""
+            if not slots.isdigit() or int(slots) < 1:
+                raise UserError(f"--hostfile {hostfile}, line {number}: {line!r}; allowed is HOST slots=N")
+            total += int(slots)
+    if not total:
+        raise UserError(f"--hostfile {hostfile}: names no host; allowed are lines of HOST slots=N")
+    return total
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came; like KeyboardInterrupt no Exception, so that nothing takes it for a failed cell."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.exit_code = 128 + signum
+
+
+def run_script(hosts: Hosts, script: Path, words: Sequence[str], log: Path,
+               watch: Callable[[], bool] = lambda: False, keep_open: Sequence[int] = ()) -> int | None:  # fmt: skip
+    """Run a script under the launcher with its output in the file `log`; its exit code (None if it had to be ended).
+
+    It runs in a session of its own, so that it can be ended with its ranks and nothing else, and so that it survives a
+    SIGKILL of this process. However this function is left, no process of the script is left on this machine.
+
+    Args:
+        watch: called every POLL_SECONDS; True once the script has done its work and may be ended after TEARDOWN_SECONDS.
+        keep_open: descriptors of locks that the launcher holds as well.
+    """
+    port = free_port()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(hosts.command(script, words, port), stdout=stream, stderr=subprocess.STDOUT,
+                                   stdin=subprocess.DEVNULL, env=environment(), start_new_session=True,
+                                   pass_fds=tuple(keep_open))  # fmt: skip
+        try:
+            ended = _wait(process, watch)
+        finally:
+            end_session(process)
+            remove_shared_memory(port)
+    return process.returncode if ended else None
+
+
+def _wait(process: subprocess.Popen, watch: Callable[[], bool]) -> bool:
+    """Whether the process ended by itself."""
+    finished_at = None
+    while not has_ended(process):
+        time.sleep(POLL_SECONDS)
+        if watch():
+            finished_at = finished_at or time.monotonic()
+            if time.monotonic() - finished_at > TEARDOWN_SECONDS:
+                return False
+    return True
+
+
+def has_ended(process: subprocess.Popen) -> bool:
+    """As poll(), but the process is left a zombie: until it is waited for, its id cannot become another group's."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """End a process and all of its session's group: SIGTERM, and SIGKILL for what is left."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    if not has_ended(process):
+        os.killpg(process.pid, signal.SIGTERM)
+    while not has_ended(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)  # ranks that outlive their launcher
+    process.wait()
+
+
+def remove_shared_memory(port: int) -> None:
+    """DeepSpeed on CPU leaves a buffer of some 60 MB a rank behind in shared memory, named by the port
+    (deepspeed/ops/csrc/cpu/comm/shm.cpp): a few hundred runs fill the machine."""
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
+        path.unlink(missing_ok=True)
+
+
+def environment() -> Mapping[str, str]:
+    """This environment; without a GPU on DeepSpeed's CPU accelerator, one thread a rank unless OMP_NUM_THREADS says more."""
+    values = dict(os.environ)
+    if not on_gpu():
+        values.setdefault("DS_ACCELERATOR", "cpu")
+        values.setdefault("OMP_NUM_THREADS", "1")
+    return values
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def default_processes() -> int:
+    """2 ranks, or the one GPU of a machine that has one."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) if on_gpu() else 2
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
