@@ -66,9 +66,6 @@ def _run_sweep(args: argparse.Namespace) -> int:
     return run(args)
 
 
-SUBCOMMANDS = (add_inspect, add_eval, add_sweep)
-
-
 def add_eval(subparsers: Any) -> None:
     """`eval MODEL...`: evaluate models, each as a cell of --output_dir."""
     from ds_stability.eval.command import add_flags
@@ -86,6 +83,9 @@ def _run_eval(args: argparse.Namespace) -> int:
     from ds_stability.eval.command import run_command
 
     return run_command(args)
+
+
+SUBCOMMANDS = (add_inspect, add_eval, add_sweep)
 
 
 def build_parser() -> argparse.ArgumentParser:

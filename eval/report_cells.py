@@ -118,6 +118,11 @@ def _read_cell(folder: Path) -> Cell:
         raise _Broken("scores.json: not a list of rows with a metric each") from None
     run = meta.get("run") if isinstance(meta.get("run"), dict) else {}
     identity = str(meta.get("id", folder.name))
+    axes = run.get("axes") if isinstance(run.get("axes"), dict) else {}
+    asked = axes.get("level", run.get("level"))
+    arm = str(run.get("arm") or "feedback") if run else f"{UNTOUCHED}: {identity}"
+    if run and asked is not None and _number(asked) is None:  # a schedule has no place on the axis: an arm of its own
+        arm += f", level {json.dumps(asked)}"
     return Cell(
         id=identity,
         folder=folder,
@@ -125,8 +130,8 @@ def _read_cell(folder: Path) -> Cell:
         rows=rows,
         measured=_read_items(folder / "items.parquet", rows),
         architecture=str(run.get("architecture") or meta.get("architecture") or "unknown architecture"),
-        arm=str(run.get("arm") or "feedback") if run else f"{UNTOUCHED}: {identity}",
-        level=_number(run.get("level")),
+        arm=arm,
+        level=_number(asked) if run else None,
         seed=None if run.get("seed") is None else int(run["seed"]),
     )
 

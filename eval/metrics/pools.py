@@ -1,0 +1,89 @@
+"""n-gram counts of pools of equal token count, over everything and without each fold: what pooled statistics work on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..records import Measured
+from .layout import Layout
+from .ngrams import dense, raw_keys
+
+
+@dataclass(frozen=True)
+class PoolCounts:
+    """n-grams of one pool.
+
+    Attributes:
+        keys: the distinct ones, rising, int64 [K] (see ngrams.raw_keys).
+        counts: how often each occurs, int64 [1 + folds, K]: row 0 in the whole pool, row 1 + f without fold f.
+    """
+
+    keys: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Pools of the unigrams and of the bigrams, what fixes them, and what to know about them.
+
+    Attributes:
+        grams: {1: pools, 2: pools}; empty lists where there are too few tokens.
+        base: keys of bigrams are first * base + second.
+    """
+
+    grams: dict[int, list[PoolCounts]]
+    base: int
+    settings: dict[str, Any]
+    note: str | None
+
+
+def make_pools(layout: Layout) -> Pools:
+    """Cut the stream by (sample, prompt) into pools of `layout.pool_tokens`; what is left over at the end is not used.
+
+    Fewer tokens than one pool, but at least half of it, make one smaller pool and a note; fewer still make none.
+    """
+    corpus, size = layout.corpus, layout.pool_tokens
+    total = len(corpus.tokens)
+    number, note = total // size, None
+    if not number and 2 * total >= size:
+        note = f"{total} tokens, fewer than the {size} of a pool: not at equal size"
+        number, size = 1, total
+    elif not number:
+        note = f"{total} tokens, fewer than half of the {size} of a pool"
+    base = max(layout.context.vocab_size, *(int(c.tokens.max(initial=0)) + 1 for c in (corpus, layout.references)))
+    grams = {n: [_count(layout, n, base, pool * size, (pool + 1) * size) for pool in range(number)] for n in (1, 2)}
+    return Pools(grams, base, {"tokens": size, "pools": number}, note)
+
+
+def _count(layout: Layout, n: int, base: int, first: int, end: int) -> PoolCounts:
+    corpus, folds = layout.corpus, layout.folds
+    starts = corpus.gram_starts(n)
+    starts = starts[np.searchsorted(starts, first) : np.searchsorted(starts, end - n + 1)]
+    keys = raw_keys(corpus.tokens, starts, n, base)
+    numbers, types = dense(keys)
+    distinct = np.empty(types, dtype=np.int64)
+    distinct[numbers] = keys
+    fold = layout.fold_of[corpus.text_of[starts]]
+    by_fold = np.bincount(fold * types + numbers, minlength=folds * types).reshape(folds, types)
+    whole = by_fold.sum(axis=0)
+    return PoolCounts(distinct, np.concatenate([whole[None], whole - by_fold]))
+
+
+def pooled(layout: Layout, pools: Pools, metric: str, n: int, statistic: Callable[[PoolCounts], np.ndarray], unit: str,
+           settings: dict[str, Any], undefined: str) -> Measured:
+    """The mean over pools of `statistic` [1 + folds] of their n-gram counts, with jackknife units.
+
+    Args:
+        undefined: the note where the statistic of a pool is not finite.
+    """
+    settings = pools.settings | settings
+    if not pools.grams[n]:
+        return layout.null(metric, pools.note or "no tokens", unit=unit, settings=settings)
+    # A statistic that is undefined is NaN on purpose, and becomes a stated null below.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.mean([statistic(pool) for pool in pools.grams[n]], axis=0)
+    if not np.isfinite(values[0]):
+        return layout.null(metric, undefined, unit=unit, settings=settings)
+    return layout.jackknife(metric, float(values[0]), values[1:], unit, settings, pools.note)

@@ -1,0 +1,53 @@
+"""Repetition within a text: seq-rep-n and tail loops, as ds_stability.text_metrics defines them, over many texts at once.
+
+Sources: Welleck et al. 2020 (arXiv 1908.04319), section 6; Holtzman et al. 2020 (arXiv 1904.09751), section 4.
+"""
+
+import numpy as np
+
+from ...text_metrics import TAIL_LOOP_MIN_PHRASE, TAIL_LOOP_MIN_REPEATS
+from ..records import Measured
+from .layout import Layout
+from .ngrams import Corpus, distinct_per_owner
+
+MAX_N = 4
+
+
+def seq_rep(corpus: Corpus, grams: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """1 - distinct n-grams / n-grams of each text [T] (0 where there is none), and whether it has any [T].
+
+    Args:
+        grams: (positions, numbers) of the n-grams, from ngrams.gram_numbers.
+    """
+    positions, numbers = grams
+    distinct, total = distinct_per_owner(corpus.text_of[positions], numbers, len(corpus.lengths))
+    defined = total > 0
+    return np.where(defined, 1.0 - distinct / np.maximum(total, 1), 0.0), defined
+
+
+def tail_loops(corpus: Corpus) -> np.ndarray:
+    """Whether each text ends in a phrase of 2 or more tokens that occurs 3 or more times in a row; bool [T]."""
+    ends = corpus.starts + corpus.lengths
+    loops = np.zeros(len(corpus.lengths), dtype=bool)
+    longest = int(corpus.lengths.max(initial=0)) // TAIL_LOOP_MIN_REPEATS
+    for phrase in range(TAIL_LOOP_MIN_PHRASE, longest + 1):
+        texts = np.flatnonzero(~loops & (corpus.lengths >= phrase * TAIL_LOOP_MIN_REPEATS))
+        # The last token alone rules most texts out before the whole phrase is compared.
+        last = ends[texts] - 1
+        texts = texts[corpus.tokens[last] == corpus.tokens[last - phrase]]
+        span = phrase * (TAIL_LOOP_MIN_REPEATS - 1)
+        at = ends[texts][:, None] - 1 - np.arange(span)
+        loops[texts] = (corpus.tokens[at] == corpus.tokens[at - phrase]).all(axis=1)
+    return loops
+
+
+def measure_repetition(layout: Layout, grams: list[tuple[np.ndarray, np.ndarray]]) -> list[Measured]:
+    """seq_rep_1..4 and tail_loop_rate; units are prompts."""
+    rows = []
+    for n in range(1, MAX_N + 1):
+        values, defined = seq_rep(layout.corpus, grams[n - 1])
+        rows.append(layout.per_prompt(f"seq_rep_{n}", values, defined, f"no text has {n} tokens",
+                                      settings={"n": n, "texts_too_short": int((~defined).sum())}))  # fmt: skip
+    loops = tail_loops(layout.corpus)
+    settings = {"min_phrase": TAIL_LOOP_MIN_PHRASE, "min_repeats": TAIL_LOOP_MIN_REPEATS}
+    return [*rows, layout.per_prompt("tail_loop_rate", loops, np.ones(len(loops)), "no text", settings=settings)]

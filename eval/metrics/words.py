@@ -1,0 +1,126 @@
+"""Words: their number, the share of frequent ones, and lexical diversity within a text.
+
+A word is a run of letters and digits, apostrophes inside it included, in lower case. Scripts without spaces come out as
+one word per run. Sources: MTLD, McCarthy and Jarvis 2010 (Behavior Research Methods 42); HD-D, McCarthy and Jarvis 2007
+(Language Testing 24).
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import gammaln
+
+from ..records import Measured
+from .layout import Layout
+from .ngrams import Corpus, distinct_per_owner
+
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+MTLD_THRESHOLD = 0.72
+HDD_DRAWS = 42
+MIN_WORDS = HDD_DRAWS  # of a text, for both: below, HD-D is undefined and MTLD rests on part of one factor
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in order, in lower case."""
+    return WORD.findall(text.lower())
+
+
+def number_words(texts: Sequence[Sequence[str]]) -> tuple[Corpus, dict[str, int]]:
+    """Texts of words as texts of numbers, and the number of each word, by first occurrence."""
+    numbers: dict[str, int] = {}
+    coded = [[numbers.setdefault(word, len(numbers)) for word in text] for text in texts]
+    return Corpus.of(coded), numbers
+
+
+def _factors(words: Sequence[int]) -> float:
+    """Factors of one direction: stretches until the type-token ratio falls below the threshold, the rest in part."""
+    factors, types, length = 0.0, set(), 0
+    for word in words:
+        types.add(word)
+        length += 1
+        if len(types) < MTLD_THRESHOLD * length:
+            factors, types, length = factors + 1.0, set(), 0
+    if length:
+        factors += (1.0 - len(types) / length) / (1.0 - MTLD_THRESHOLD)
+    return factors
+
+
+def mtld(words: Sequence[int]) -> float | None:
+    """Measure of textual lexical diversity: words per factor, mean of both directions; None if no word ever repeats."""
+    forward, backward = _factors(words), _factors(words[::-1])
+    return (len(words) / forward + len(words) / backward) / 2.0 if forward and backward else None
+
+
+def hdd(corpus: Corpus) -> np.ndarray:
+    """HD-D of each text [T]: the expected type-token ratio of 42 words drawn without replacement; NaN below 42 words.
+
+    Sum over types of the hypergeometric probability that at least one of its k occurrences among N words is drawn, / 42.
+    """
+    text, count = _counts_by_text(corpus)
+    total = corpus.lengths[text]
+    # log of C(N - k, 42) / C(N, 42); minus infinity where fewer than 42 other words are left.
+    enough = total - count >= HDD_DRAWS
+    k, n = count[enough], total[enough]
+    log_missed = gammaln(n - k + 1) - gammaln(n - k - HDD_DRAWS + 1) - gammaln(n + 1) + gammaln(n - HDD_DRAWS + 1)
+    drawn = np.ones(len(text))
+    drawn[enough] = 1.0 - np.exp(log_missed)
+    values = np.bincount(text, drawn, len(corpus.lengths)) / HDD_DRAWS
+    return np.where(corpus.lengths >= HDD_DRAWS, values, np.nan)
+
+
+def _counts_by_text(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """(text, count) of each distinct word of each text."""
+    types = int(corpus.tokens.max(initial=0)) + 1
+    keys, counts = np.unique(corpus.text_of * types + corpus.tokens, return_counts=True)
+    return keys // types, counts
+
+
+def measure_words(layout: Layout) -> list[Measured]:
+    """high_frequency_word_share, words_per_text, no_words_rate, mtld, hdd; units are prompts."""
+    corpus, numbers = number_words([words_of(sample.text) for sample in layout.samples])
+    lengths, texts = corpus.lengths, np.ones(len(corpus.lengths))
+    return [
+        _high_frequency(layout, corpus, numbers),
+        layout.per_prompt("words_per_text", lengths, texts, "no text", unit="words"),
+        layout.per_prompt("no_words_rate", lengths == 0, texts, "no text", settings={"texts": int((lengths == 0).sum())}),
+        *_diversity(layout, corpus),
+    ]
+
+
+def _high_frequency(layout: Layout, corpus: Corpus, numbers: dict[str, int]) -> Measured:
+    """Share of words in the high-frequency set. A text without words has no share: it adds (0, 0), and is counted."""
+    name, chosen = "high_frequency_word_share", layout.context.high_frequency_words
+    wordless = int((corpus.lengths == 0).sum())
+    settings = {"texts_without_words": wordless}
+    if chosen is None:
+        return layout.null(name, "no high-frequency set of words: give --reference_file", settings=settings)
+    member = np.zeros(len(numbers) + 1, dtype=bool)
+    member[[numbers[word] for word in chosen if word in numbers]] = True
+    inside = np.bincount(corpus.text_of, member[corpus.tokens], len(corpus.lengths))
+    note = f"{wordless} of {len(corpus.lengths)} texts have no word" if wordless else None
+    settings["set_size"] = len(chosen)
+    return layout.per_prompt(name, inside, corpus.lengths, "no text has a word", settings=settings, note=note)
+
+
+def _diversity(layout: Layout, corpus: Corpus) -> list[Measured]:
+    """MTLD and HD-D of each text of 42 words or more, averaged."""
+    distinct, total = distinct_per_owner(corpus.text_of, corpus.tokens, len(corpus.lengths))
+    # MTLD is infinite for a text that repeats no word: it is left out, and counted.
+    scored = (total >= MIN_WORDS) & (distinct < total)
+    values = np.zeros(len(total))
+    words = corpus.tokens.tolist()
+    for i in np.flatnonzero(scored):
+        start = int(corpus.starts[i])
+        values[i] = mtld(words[start : start + int(total[i])])
+    nothing = f"no text has {MIN_WORDS} words"
+    left_out = {"min_words": MIN_WORDS, "texts_too_short": int((total < MIN_WORDS).sum())}
+    unique = int(((total >= MIN_WORDS) & (distinct == total)).sum())
+    settings = left_out | {"threshold": MTLD_THRESHOLD, "texts_without_repeat": unique}
+    per_text = hdd(corpus)
+    defined = np.isfinite(per_text)
+    return [
+        layout.per_prompt("mtld", values, scored, nothing + (" and a repeated one" if unique else ""), "words", settings),
+        layout.per_prompt("hdd", np.where(defined, per_text, 0.0), defined, nothing, "type-token ratio",
+                          left_out | {"draws": HDD_DRAWS}),
+    ]  # fmt: skip

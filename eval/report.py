@@ -1,0 +1,193 @@
+"""The report of a sweep: one HTML page that opens from disk, with figures and tables beside it.
+
+    evals/NAME/  results.parquet  tensorboard/  report/{index.html, figures/*.png, tables/*.csv}
+
+Names and texts come from models and from disk: everything is escaped in the page, in its JSON and in the CSV files.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_stability.errors import UserError
+from ds_stability.run_dir import write_atomic
+
+from . import report_curves, report_figures
+from .aggregate import (
+    REFERENCE,
+    Group,
+    draw,
+    group_rows,
+    groups_of,
+    keys_of,
+    main_arm,
+    results_frame,
+)
+from .report_cells import UNTOUCHED, Cell, Evaluation, Key, read_evaluation
+from .report_page import render
+from .report_samples import collect
+from .report_tables import ARM_KEYS, HEADLINE, csv_text, metric_family, metric_title
+from .trend import Trend, trend
+from .verdict import Facts, Judgement, arms_table, judge, load_predictions, sentences
+
+PREDICTION_FILES = ("predictions.yaml", "predictions.yml", "predictions.json")
+
+
+@dataclass
+class Analysis:
+    """All that the page shows, before it is drawn."""
+
+    evaluation: Evaluation
+    groups: dict[Group, list[Cell]]
+    arm: str | None
+    rows: list[dict[str, Any]]
+    trends: list[Trend]
+    judged: list[Judgement]
+    arms: list[dict[str, Any]]
+    sentences: list[str]
+    curves: dict[str, dict[float, dict]]
+    stability: list[dict[str, Any]]
+    runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def architectures(self) -> list[str]:
+        return list(dict.fromkeys(group.architecture for group in self.groups if group.arm == self.arm and group.level is not None))
+
+
+def write_report(folder: Path, output: Path | None = None, baseline_level: float = 0.0, predictions: Path | None = None) -> Path:
+    """Read evals/NAME, write results.parquet, report/ and tensorboard/; the page's path.
+
+    Raises:
+        UserError: nothing to report on, two cells that are one, or a wrong predictions file.
+    """
+    predictions = predictions or next((folder / name for name in PREDICTION_FILES if (folder / name).exists()), None)
+    analysis = analyze(read_evaluation(folder), baseline_level, predictions)
+    samples = collect(analysis.evaluation)
+    output = output or folder / "report"
+    pictures = draw_figures(analysis)
+    try:
+        frame = io.BytesIO()
+        results_frame(analysis.evaluation.cells).to_parquet(frame, index=False)
+        write_atomic(folder / "results.parquet", frame.getvalue())
+        for picture in pictures:
+            write_atomic(output / "figures" / f"{picture.name}.png", picture.png)
+        for name, lines in tables(analysis).items():
+            write_atomic(output / "tables" / f"{name}.csv", csv_text(lines))
+        write_tensorboard(analysis, folder / "tensorboard")
+        page = output / "index.html"
+        write_atomic(page, render(analysis, pictures, samples, baseline_level))
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
+    return page
+
+
+def analyze(evaluation: Evaluation, baseline_level: float = 0.0, predictions: Path | None = None) -> Analysis:
+    """Groups, intervals, trends and verdicts of an evaluation."""
+    expected = load_predictions(predictions) if predictions else []
+    groups = groups_of(evaluation.cells)
+    arm = main_arm(groups)
+    architectures = list(dict.fromkeys(group.architecture for group in groups if group.arm == arm))
+    rows: list[dict[str, Any]] = []
+    trends: list[Trend] = []
+    for key in keys_of(evaluation.cells):
+        drawn = draw(groups, key)
+        rows += group_rows(groups, drawn, key, baseline_level)
+        found = [trend(architecture, arm, key, drawn) for architecture in architectures if key.decoding != REFERENCE]
+        trends += [item for item in found if item is not None]
+    facts = Facts(rows, trends, arm, baseline_level)
+    judged = [judge(prediction, facts) for prediction in expected]
+    arms = arms_table(facts, ARM_KEYS)
+    runs = report_curves.read_runs(evaluation)
+    return Analysis(evaluation, groups, arm, rows, trends, judged, arms, sentences(facts, judged, arms),
+                    report_curves.curves(groups, runs, arm), report_curves.stability_rows(groups, runs), runs)  # fmt: skip
+
+
+def draw_figures(analysis: Analysis) -> list[report_figures.Picture]:
+    """The headline figure first; each only where there is something to draw."""
+    by_key: dict[Key, list[dict[str, Any]]] = {}
+    for row in analysis.rows:
+        if row["arm"] == analysis.arm and row["level"] is not None and row["value"] is not None and row["decoding"] != REFERENCE:
+            by_key.setdefault(Key(row["metric"], row["decoding"], row["split"]), []).append(row)
+    units = {key: rows[0]["unit"] for key, rows in by_key.items()}
+    panels = {key: report_figures.Panel(key, metric_title(key, units[key]), rows, reference_lines(analysis, key))
+              for key, rows in by_key.items()}  # fmt: skip
+    pictures = []
+    head = [key for key in HEADLINE if key in panels] or list(panels)[:8]
+    interval = "Bars: 95 % intervals over seeds, then prompts; small dots: single seeds."
+    if head:
+        pictures.append(report_figures.dose_response(
+            "headline", f"Dose-response of the headline measures. {interval}", [panels[key] for key in head],
+            analysis.architectures, inches=(2.45, 2.3), direct=True))  # fmt: skip
+    families: dict[str, list[Key]] = {}
+    for key in panels:
+        families.setdefault(metric_family(key), []).append(key)
+    for place, (family, keys) in enumerate(sorted(families.items()), start=1):
+        pictures.append(report_figures.dose_response(
+            f"dose-{place:02d}-{''.join(c if c.isalnum() else '-' for c in family)[:40]}", f"{family}. {interval}",
+            [panels[key] for key in keys], analysis.architectures, columns=5, inches=(2.0, 1.85)))  # fmt: skip
+    if analysis.curves:
+        caption = "Training curves by level: median over seeds, band from lowest to highest. What is optimized is not what is shown in the middle."
+        pictures.append(report_figures.training_curves(analysis.curves, caption))
+    main = [row for row in analysis.stability if row["arm"] == analysis.arm and row["level"] is not None]
+    if main:
+        caption = "Variance ratio reached (settled: from 31 steps after warm-up) against asked, and how smooth training was, apart from the law. Bars: sd over seeds."
+        pictures.append(report_figures.stability(main, analysis.architectures, caption))
+    if len({line["group"].arm for line in analysis.arms}) > 1:
+        shown = [(key, metric_title(key, units.get(key))) for key in ARM_KEYS if any(line["rows"].get(key) for line in analysis.arms)]
+        caption = "Every arm and level against the baseline of the same architecture, paired by seed and prompt. Bars: 95 % intervals."
+        pictures.append(report_figures.arms(analysis.arms, shown, caption))
+    return pictures
+
+
+def reference_lines(analysis: Analysis, key: Key) -> dict[str, float]:
+    """What to compare a curve with: human text, models that no run of ours made, and the chance level."""
+    lines = {}
+    human = [row["value"] for row in analysis.rows if key.decoding and row["value"] is not None
+             and (row["metric"], row["decoding"]) == (key.metric, REFERENCE)]  # fmt: skip
+    if human:
+        lines["human text"] = float(np.mean(human))
+    for row in analysis.rows:
+        if row["arm"].startswith(UNTOUCHED) and row["value"] is not None and (row["metric"], row["decoding"], row["split"]) == key:
+            lines[row["arm"]] = row["value"]
+    chances = {(cell.rows[key].get("settings") or {}).get("chance") for cell in analysis.evaluation.cells if key in cell.rows} - {None}
+    if chances:
+        lines["chance"] = float(np.mean(list(chances)))
+    return lines
+
+
+def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
+    """Lines of each CSV file."""
+    predictions = [{"id": item.prediction.id, "statement": item.prediction.statement, "outcome": item.outcome,
+                    "figures": " | ".join(item.figures)} for item in analysis.judged]  # fmt: skip
+    arms = [{**line["group"]._asdict(), "concentrates": line["concentrates"],
+             **{f"{key} {name}": row[name] if row else None for key, row in line["rows"].items()
+                for name in ("difference", "difference_low", "difference_high", "difference_t_low", "difference_t_high")}}
+            for line in analysis.arms]  # fmt: skip
+    cells = results_frame(analysis.evaluation.cells).astype(object)
+    groups = [{name: json.dumps(value) if isinstance(value, dict) else value for name, value in row.items()} for row in analysis.rows]
+    return {
+        "groups": groups, "trends": [item.to_dict() for item in analysis.trends], "arms": arms, "predictions": predictions,
+        "stability": [{name: value for name, value in row.items() if name != "ratios"} for row in analysis.stability],
+        "cells": cells.where(cells.notna(), None).to_dict("records"),
+        "incomplete": [item._asdict() for item in analysis.evaluation.incomplete],
+    }  # fmt: skip
+
+
+def write_tensorboard(analysis: Analysis, folder: Path) -> None:
+    """One hparams entry per cell (level, architecture, arm, seed) with the headline measures; a former report's are replaced."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    keys = [key for key in HEADLINE if any(cell.value(key) is not None for cell in analysis.evaluation.cells)]
+    for cell in analysis.evaluation.cells:
+        values = {"/".join(filter(None, key)): cell.value(key) for key in keys or keys_of([cell])[:8]}
+        settings = {"level": "none" if cell.level is None else cell.level, "architecture": cell.architecture, "arm": cell.arm,
+                    "seed": -1 if cell.seed is None else cell.seed}  # fmt: skip
+        with SummaryWriter(str(folder / cell.folder.name)) as writer:
+            writer.add_hparams(settings, {name: value for name, value in values.items() if value is not None}, run_name=".")

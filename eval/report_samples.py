@@ -1,0 +1,110 @@
+"""Generated texts for the report: the same prompts from every cell, within a budget, made safe to look at.
+
+Model output is data. Escaping it is the page's business; here control characters are made visible, so that no text can
+move the cursor of a terminal, end a string early or turn the direction of what is written around it.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from .report_cells import Cell, Evaluation
+
+BUDGET_CHARACTERS = 3_000_000
+TEXT_CHARACTERS = 700
+MAX_PROMPTS = 24
+
+_PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: "\N{SYMBOL FOR DELETE}"}
+_HIDDEN = [*range(0x80, 0xA0), 0xAD, *range(0x200B, 0x2010), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2060, 0x2070),
+           0xFEFF, *range(0xFFF9, 0xFFFC), *range(0xE0000, 0xE0080)]  # fmt: skip
+_VISIBLE = _PICTURES | {code: f"\N{MATHEMATICAL LEFT ANGLE BRACKET}U+{code:04X}\N{MATHEMATICAL RIGHT ANGLE BRACKET}" for code in _HIDDEN}
+_VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")  # lone surrogates are not UTF-8
+
+
+def visible(text: str) -> str:
+    """`text` with control, invisible and direction-changing characters shown; newlines and tabs stay."""
+    return text.translate(_VISIBLE)
+
+
+def clean(value: Any) -> Any:
+    """`visible` on every string in a JSON value."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {clean(str(key)): clean(item) for key, item in value.items()}
+    return [clean(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_lines(cell: Cell, problems: list[str]) -> Iterable[dict[str, Any]]:
+    """Records of samples.jsonl; lines that are cut off or broken are named in `problems` and left out."""
+    if not cell.samples.exists():
+        return
+    with open(cell.samples, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line.decode("utf-8", errors="replace"))
+                (record["prompt"], record["decoding"], record["sample"], record["text"])
+            except (ValueError, KeyError, TypeError):
+                cut = "cut off" if not line.endswith(b"\n") else "broken"
+                problems.append(f"cell {cell.id}: {cell.samples} line {number} is {cut}: that sample is left out")
+                continue
+            yield record
+
+
+def collect(evaluation: Evaluation) -> dict[str, Any]:
+    """{"prompts": {index: text}, "cells": [...], "texts": [[cell, decoding, prompt, text, finish]], "left_out": count}.
+
+    The first sample of each prompt and decoding; as many prompts, evenly spread, as the budget allows for all cells.
+    """
+    firsts: dict[int, dict[tuple[str, int], dict[str, Any]]] = {}
+    total = 0
+    for place, cell in enumerate(evaluation.cells):
+        own = firsts.setdefault(place, {})
+        for record in read_lines(cell, evaluation.problems):
+            total += 1
+            if record["sample"] == 0:
+                own[str(record["decoding"]), int(record["prompt"])] = {name: record.get(name) for name in ("text", "finish", "seed")}
+    chosen = _choose(firsts)
+    texts = [
+        [place, decoding, prompt, _shown(record["text"]), record["finish"]]
+        for place, own in firsts.items() for (decoding, prompt), record in own.items() if prompt in chosen
+    ]  # fmt: skip
+    cells = [{"id": cell.id, "architecture": cell.architecture, "arm": cell.arm, "level": cell.level, "seed": cell.seed}
+             for cell in evaluation.cells]  # fmt: skip
+    prompts = {str(index): _shown(text) for index, text in _prompts(evaluation.cells).items() if index in chosen}
+    return {"prompts": prompts, "cells": cells, "texts": texts, "total": total}
+
+
+def _shown(text: Any) -> str:
+    shown = visible(str(text))
+    return shown if len(shown) <= TEXT_CHARACTERS else shown[:TEXT_CHARACTERS] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _choose(firsts: dict[int, dict[tuple[str, int], dict[str, Any]]]) -> set[int]:
+    """Prompts that fit the budget, evenly spread over all."""
+    lengths: dict[int, int] = {}
+    for own in firsts.values():
+        for (_, prompt), record in own.items():
+            lengths[prompt] = lengths.get(prompt, 0) + min(TEXT_CHARACTERS, len(str(record["text"]))) + 40
+    prompts = sorted(lengths)
+    if not prompts:
+        return set()
+    average = sum(lengths.values()) / len(prompts)
+    count = max(1, min(MAX_PROMPTS, len(prompts), int(BUDGET_CHARACTERS / average)))
+    return {prompts[place * len(prompts) // count] for place in range(count)}
+
+
+def _prompts(cells: Iterable[Cell]) -> dict[int, str]:
+    """Text of each prompt, where a cell's prompts.jsonl tells it."""
+    texts: dict[int, str] = {}
+    for cell in cells:
+        path = cell.folder / "prompts.jsonl"
+        if not path.exists() or texts:
+            continue
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                texts[int(record["index"])] = str(record["text"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a prompt that cannot be shown; its continuations still are
+    return texts

@@ -1,0 +1,66 @@
+"""Tables of the report: the order and names of its measures, the rows of the big table, CSV that no spreadsheet runs."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from .aggregate import REFERENCE
+from .report_cells import Key
+from .verdict import ENTROPY, HIGH_FREQUENCY
+
+HEADLINE = (
+    ENTROPY, HIGH_FREQUENCY, Key("distinct_2", "sample"), Key("seq_rep_4", "sample"), Key("generation_entropy", "sample"),
+    Key("top1_mass", None, "held_out"), Key("cross_entropy", None, "held_out"), Key("bits_per_byte", None, "held_out"),
+)  # fmt: skip
+ARM_KEYS = (ENTROPY, HIGH_FREQUENCY, Key("distinct_2", "sample"), Key("cross_entropy", None, "held_out"))
+PLACES = {"held_out": "held-out", "train": "training text", "sample": "T = 1", "top_p_95": "top-p .95", "top_k_40": "top-k 40",
+          "beam_4": "beam 4", "greedy": "greedy", REFERENCE: "human text"}  # fmt: skip
+UNITS = {"share": "", "": "", None: "", "-": ""}
+
+TABLE_COLUMNS = ["metric", "where", "architecture", "arm", "level", "value", "low", "high", "t low", "t high", "se", "seeds", "units",
+                 "difference", "d low", "d high", "per seed", "note"]  # fmt: skip
+
+
+def metric_title(key: Key, unit: str | None) -> str:
+    """"distinct 2, T = 1" or "cross entropy, held-out (nats)"."""
+    place = PLACES.get(key.where, key.where)
+    name = key.metric.replace("_", " ")
+    shown = f" ({unit})" if UNITS.get(unit, unit) else ""
+    return f"{name}{', ' + place if place else ''}{shown}"
+
+
+def metric_family(key: Key) -> str:
+    """Which figure of small multiples a measure belongs to."""
+    if key.decoding:
+        return f"Samples, {PLACES.get(key.decoding, key.decoding)}"
+    return f"Teacher-forced, {PLACES.get(key.split, key.split)}" if key.split in ("held_out", "train") else "Tasks"
+
+
+def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """Lines of the page's big table, in TABLE_COLUMNS."""
+    return [
+        [row["metric"], row["decoding"] or row["split"] or "", row["architecture"], row["arm"], row["level"], row["value"],
+         row["ci_low"], row["ci_high"], row["t_low"], row["t_high"], row["stderr"], row["seeds"], row["units"], row["difference"],
+         row["difference_low"], row["difference_high"],
+         " ".join("null" if value is None else f"{value:.4g}" for value in row["values"].values()), row["note"]]
+        for row in rows
+    ]  # fmt: skip
+
+
+def csv_text(lines: Sequence[dict[str, Any]]) -> str:
+    """CSV with a header. A text that a spreadsheet would take for a formula gets a quote before it; numbers stay numbers."""
+    file = io.StringIO()
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([_harmless(name) for name in columns])
+    for line in lines:
+        writer.writerow([_harmless(line.get(name)) for name in columns])
+    return file.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    if isinstance(value, str):
+        value = value.replace("\0", "\N{SYMBOL FOR NULL}")
+        return f"'{value}" if value.lstrip().startswith(("=", "+", "-", "@")) or value.startswith(("\t", "\r")) else value
+    return value

@@ -1,0 +1,75 @@
+"""From the records of a cell's tasks to its figures: every metric, the human continuations, and the memorization gap."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .records import Measured, Prompt, Sample, ScoringContext, Task, jackknife_units
+from .suite import REFERENCE
+from .work import Records
+
+SCORES_VERSION = 1
+GAP = "memorization_gap"
+
+
+def all_measured(tasks: Sequence[Task], records: Mapping[str, Records], scratch: Path, context: ScoringContext,
+                 prompts: Sequence[Prompt], metrics: Sequence[str] | None) -> list[Measured]:  # fmt: skip
+    """The figures of all tasks, in order; then those of the human continuations, and the memorization gap."""
+    measured: list[Measured] = []
+    for task in tasks:
+        measured += task.measure(records[task.name], scratch / task.name)
+    measured += reference_measured(prompts, context, metrics)
+    gap = memorization_gap(measured)
+    return measured if gap is None else [*measured, gap]
+
+
+def reference_samples(prompts: Sequence[Prompt]) -> list[Sample]:
+    """The human continuations, as if they had been generated."""
+    return [
+        Sample(prompt.index, REFERENCE, 0, 0, list(prompt.reference_ids), prompt.reference_text or "", "length")
+        for prompt in prompts if prompt.reference_ids
+    ]  # fmt: skip
+
+
+def reference_measured(prompts: Sequence[Prompt], context: ScoringContext, metrics: Sequence[str] | None) -> list[Measured]:
+    """The metrics of samples on the human continuations: what a model would show that wrote as people do."""
+    from .metrics.score_samples import score_samples
+
+    samples = reference_samples(prompts)
+    return score_samples(samples, context, None if metrics is None else list(metrics)) if samples else []
+
+
+def memorization_gap(measured: Sequence[Measured]) -> Measured | None:
+    """Bits per byte on held-out text minus those on training text; None unless both were asked for.
+
+    The texts are not paired. Units are groups of both, the windows dealt out in order; their spread is the delete-one-group
+    jackknife's of the difference (records.jackknife_units).
+    """
+    found = {figure.split: figure for figure in measured if figure.metric == "bits_per_byte"}
+    if not {"held_out", "train"} <= found.keys():
+        return None
+    held_out, train = found["held_out"], found["train"]
+    where: dict[str, Any] = {"unit": "bits per byte", "settings": {"formula": "bits_per_byte held_out - train"}}
+    if held_out.value is None or train.value is None:
+        return Measured.null(GAP, held_out.note or train.note or "no bits per byte", **where)
+    value, groups = held_out.value - train.value, min(len(held_out.units), len(train.units))
+    without = [_without(held_out, group, groups) - _without(train, group, groups) for group in range(groups)] if groups > 1 else []
+    if not without:
+        return Measured(GAP, ["0"], [value], [1.0], **where)
+    totals, counts = jackknife_units(value, without)
+    where["settings"]["groups"] = groups
+    return Measured(GAP, [str(group) for group in range(groups)], totals, counts, **where)
+
+
+def _without(figure: Measured, group: int, groups: int) -> float:
+    """The figure's value without every `groups`-th unit from `group` on."""
+    total, count = figure.totals.sum(), figure.counts.sum()
+    left = count - figure.counts[group::groups].sum()
+    return float((total - figure.totals[group::groups].sum()) / left) if left > 0 else float(total / count)
+
+
+def scores(cell_id: str, measured: Sequence[Measured], resamples: int) -> dict[str, Any]:
+    """What scores.json holds: a row a figure, with value, n, standard error and interval. No time, no place."""
+    from .intervals import row
+
+    return {"version": SCORES_VERSION, "id": cell_id, "rows": [row(figure, resamples=resamples, seed=0) for figure in measured]}

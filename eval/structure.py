@@ -1,0 +1,160 @@
+"""Sentence lengths and punctuation of samples, beside those of human text.
+
+A sentence ends at ". ! ?" or an ellipsis, closing quotes and brackets included, before whitespace or the end of the text; a
+blank line is a border too, but does not complete a sentence. Its length is its number of words (runs of characters that
+are no whitespace and hold a letter or digit). A text that is cut off, or that never ends a sentence, leaves a fragment:
+its length is unknown, so that it counts in no distribution of lengths. Two figures see it nevertheless: words per
+sentence end, which divides *all* words by the ends, and the share of texts without any end.
+
+Samples and references should be about equally long: the longer a sentence, the more often a cut-off text loses it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .records import Measured, jackknife_units
+
+LONGEST = 80  # words: the last cell of the histogram takes all longer sentences (total variation only)
+MARKS = ".,;:!?-()\"'"  # what the distribution of punctuation runs over, and "other"
+_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]]*(?=\s|$)")
+_BORDER = re.compile(r"\n\s*\n")
+_WORD = re.compile(r"\S*\w\S*")
+_PUNCTUATION = re.compile(r"[^\w\s]")
+_SAME = {"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2013": "-", "\u2014": "-", "[": "(", "]": ")"}
+
+
+def sentence_lengths(text: str) -> tuple[list[int], int]:
+    """(words of each complete sentence, words in fragments). A sentence without a word is none."""
+    complete, loose = [], 0
+    for paragraph in _BORDER.split(text):
+        start = 0
+        for end in _END.finditer(paragraph):
+            words = len(_WORD.findall(paragraph[start : end.end()]))
+            start = end.end()
+            if words:
+                complete.append(words)
+        loose += len(_WORD.findall(paragraph[start:]))
+    return complete, loose
+
+
+def punctuation_counts(text: str) -> Counter[str]:
+    """How often each of MARKS stands in `text`; typographic quotes and dashes count as plain ones, all else as "other".
+
+    An apostrophe or hyphen inside a word is no punctuation.
+    """
+    outside = re.sub(r"(?<=\w)['\u2019-](?=\w)", "", text)
+    marks = (_SAME.get(mark, mark) for mark in _PUNCTUATION.findall(outside))
+    return Counter(mark if mark in MARKS else "other" for mark in marks)
+
+
+@dataclass
+class Structure:
+    """What is counted over a group of texts; adds up."""
+
+    lengths: Counter[int] = field(default_factory=Counter)
+    marks: Counter[str] = field(default_factory=Counter)
+    words: int = 0
+    texts: int = 0
+    endless: int = 0
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> "Structure":
+        result = cls()
+        for text in texts:
+            lengths, loose = sentence_lengths(text)
+            result.lengths.update(lengths)
+            result.marks.update(punctuation_counts(text))
+            result.words += sum(lengths) + loose
+            result.texts += 1
+            result.endless += not lengths
+        return result
+
+    def __add__(self, other: "Structure") -> "Structure":
+        return Structure(self.lengths + other.lengths, self.marks + other.marks, self.words + other.words,
+                         self.texts + other.texts, self.endless + other.endless)  # fmt: skip
+
+    def __sub__(self, other: "Structure") -> "Structure":
+        return Structure(self.lengths - other.lengths, self.marks - other.marks, self.words - other.words,
+                         self.texts - other.texts, self.endless - other.endless)  # fmt: skip
+
+    @property
+    def sentences(self) -> int:
+        return self.lengths.total()
+
+
+def total_variation(first: Counter, second: Counter) -> float | None:
+    """Half the sum of |p - q| over all outcomes, in 0..1; None if one of the two is empty."""
+    if not first.total() or not second.total():
+        return None
+    return 0.5 * sum(abs(first[key] / first.total() - second[key] / second.total()) for key in first.keys() | second.keys())
+
+
+def wasserstein(first: Counter[int], second: Counter[int]) -> float | None:
+    """Earth mover's distance between two distributions over whole numbers: the area between their cumulative functions."""
+    if not first.total() or not second.total():
+        return None
+    points = np.array(sorted(first.keys() | second.keys()))
+    shares = [np.cumsum([counts[point] for point in points.tolist()]) / counts.total() for counts in (first, second)]
+    return float((np.abs(shares[0] - shares[1])[:-1] * np.diff(points)).sum())
+
+
+def _capped(lengths: Counter[int]) -> Counter[int]:
+    capped: Counter[int] = Counter()
+    for length, count in lengths.items():
+        capped[min(length, LONGEST)] += count
+    return capped
+
+
+def structure_scores(
+    texts: Sequence[str], reference_texts: Sequence[str], group_texts: int = 8, decoding: str | None = None
+) -> list[Measured]:
+    """Figures of the samples `texts` of one decoding; units are groups of `group_texts` consecutive texts.
+
+    Distances are pooled over all texts, with jackknife units; the references are taken as fixed. Null, with a note:
+    means without a sentence end, distances without one on either side, anything about no text at all.
+    """
+    groups = [Structure.of(texts[start : start + group_texts]) for start in range(0, len(texts), group_texts)]
+    build = _Builder(groups, Structure.of(reference_texts), {"group_texts": group_texts}, decoding)
+    no_end, no_word, no_text = "no text ends a sentence", "no text holds a word", "no texts"
+    return [
+        build.ratio("sentence_length", lambda s: sum(n * c for n, c in s.lengths.items()), lambda s: s.sentences, "words", no_end),
+        build.ratio("words_per_sentence_end", lambda s: s.words, lambda s: s.sentences, "words", no_end),
+        build.ratio("texts_without_sentence_end", lambda s: s.endless, lambda s: s.texts, "share", no_text),
+        build.distance("sentence_length_wasserstein", lambda s, r: wasserstein(s.lengths, r.lengths), "words", no_end),
+        build.distance("sentence_length_total_variation", lambda s, r: total_variation(_capped(s.lengths), _capped(r.lengths)), "share",
+                       no_end, longest=LONGEST),
+        build.ratio("punctuation_per_word", lambda s: s.marks.total(), lambda s: s.words, "marks per word", no_word),
+        build.distance("punctuation_total_variation", lambda s, r: total_variation(s.marks, r.marks), "share",
+                       "no punctuation", marks=MARKS),
+    ]  # fmt: skip
+
+
+@dataclass
+class _Builder:
+    groups: list[Structure]
+    reference: Structure
+    settings: dict[str, Any]
+    decoding: str | None
+
+    def ratio(self, metric: str, total: Callable, count: Callable, unit: str, missing: str) -> Measured:
+        totals, counts = [float(total(group)) for group in self.groups], [float(count(group)) for group in self.groups]
+        note = None if sum(counts) else missing
+        return Measured(metric, list(range(len(totals))), totals, counts, self.decoding, unit=unit, settings=self.settings, note=note)
+
+    def distance(self, metric: str, between: Callable, unit: str, missing: str, **settings: Any) -> Measured:
+        where = {"decoding": self.decoding, "unit": unit, "settings": {**self.settings, "method": "pooled, jackknife over groups", **settings}}
+        pooled = sum(self.groups, Structure())
+        value = between(pooled, self.reference)
+        if value is None:
+            place = "the references" if between(pooled, pooled) is not None else "the samples"
+            return Measured.null(metric, f"{missing}, among {place}", **where)
+        # A group may hold everything there is; then there is nothing to leave out, and no spread.
+        without = [between(pooled - group, self.reference) for group in self.groups]
+        if len(self.groups) == 1 or None in without:
+            return Measured(metric, ["all"], [value], [1.0], note="one group only holds all there is: no spread", **where)
+        return Measured(metric, list(range(len(without))), *jackknife_units(value, without), **where)

@@ -1,0 +1,106 @@
+"""What a cell needs to be worked on: the model on its device, the tasks of a suite, and downstream tasks."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ds_stability.data.frequency import HighFrequencySet
+from ds_stability.data.tokenizer import tokenizer_hash
+from ds_stability.errors import UserError
+
+from .cell import CellDir
+from .ranks import Ranks
+from .records import Measured, ScoringContext, Task
+from .suite import Suite
+from .texts import Texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a rank's model lives; `works` is False on ranks whose GPU belongs to another rank's model."""
+
+    device: str
+    kind: str
+    works: bool
+
+
+def find_place(ranks: Ranks, gpus_per_model: int) -> Place:
+    """cuda:LOCAL_RANK, with `gpus_per_model` > 1 the first of that many GPUs; the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        if gpus_per_model > 1:
+            raise UserError(f"--gpus_per_model {gpus_per_model}: there is no GPU here; leave it out")
+        return Place("cpu", "cpu", True)
+    if torch.cuda.device_count() % gpus_per_model:
+        raise UserError(f"--gpus_per_model {gpus_per_model}: does not divide the {torch.cuda.device_count()} GPUs of this machine")
+    kind = torch.cuda.get_device_name(ranks.local_rank)
+    return Place(f"cuda:{ranks.local_rank}", kind, ranks.local_rank % gpus_per_model == 0)
+
+
+def load_model(path: str, args: Any, suite: Suite, place: Place) -> Any:
+    """eval/loading.Loaded, or None on a rank that only waits."""
+    from .loading import load
+
+    if not place.works:
+        return None
+    return load(path, place.device, dtype=suite.dtype, max_memory_gib=args.max_memory_gib, gpus_per_model=args.gpus_per_model,
+                trust_remote_code=args.trust_remote_code)  # fmt: skip
+
+
+def high_frequency(reference_file: str | None, loaded: Any) -> HighFrequencySet | None:
+    """The set of the file given, else of the model's folder, else None (the share is then null)."""
+    if loaded is None:
+        return None
+    if reference_file is None:
+        return loaded.high_frequency
+    return HighFrequencySet.load(reference_file, loaded.vocab_size, tokenizer_hash(loaded.tokenizer))
+
+
+def scoring_context(loaded: Any, frequent: HighFrequencySet | None, texts: Texts) -> ScoringContext:
+    return ScoringContext(
+        vocab_size=loaded.vocab_size,
+        special_ids=tuple(loaded.special_ids),
+        high_frequency_ids=None if frequent is None else frequent.token_ids,
+        high_frequency_words=texts.high_frequency_words,
+        reference_ids=texts.reference_ids,
+        reference_texts=texts.reference_texts,
+        training_unigrams=texts.training_unigrams,
+    )
+
+
+def build_tasks(suite: Suite, loaded: Any, texts: Texts, seeds: list[int], context: ScoringContext, synthetic: bool) -> list[Task]:
+    """The tasks of a cell, in the order of their units; see records.Task."""
+    from .generation import Generator
+    from .generation_task import GenerationTask
+    from .minimal_pairs import MinimalPairsTask
+    from .scoring import ScoringTask
+
+    generator = Generator(loaded.model, loaded.eos_ids, loaded.pad_id)
+    tasks: list[Task] = []
+    decodings = list(suite.parsed_decodings().values())
+    if decodings:
+        tasks.append(GenerationTask(generator, loaded.tokenizer, list(texts.prompts), decodings, seeds, suite.samples_per_prompt,
+                                    suite.max_new_tokens, suite.batch_size, context))  # fmt: skip
+    for split, documents, windows in (("held_out", texts.held_out, suite.text.held_out_windows),
+                                      ("train", texts.train, suite.text.train_windows)):  # fmt: skip
+        if documents and windows:
+            tasks.append(ScoringTask(loaded, documents, split, suite.text.window, suite.batch_size, windows,
+                                     context.high_frequency_ids))  # fmt: skip
+    if suite.minimal_pairs.enabled:
+        tasks.append(MinimalPairsTask(loaded, suite.minimal_pairs.per_phenomenon, suite.batch_size))
+    return tasks
+
+
+def run_downstream(suite: Suite, loaded: Any, cell: CellDir, ranks: Ranks, gpus_per_model: int) -> list[Measured]:
+    """The figures of lm-eval's tasks. Every rank calls it; ranks without a model only take part in the collectives."""
+    if not suite.downstream.tasks:
+        return []
+    from .downstream import run_lm_eval
+
+    if gpus_per_model == 1:
+        tokenizer, context_length = loaded.tokenizer, loaded.context_length
+    else:  # ranks that only wait have loaded nothing
+        tokenizer, context_length = ranks.from_first(lambda: (loaded.tokenizer, loaded.context_length))
+    settings = {**suite.downstream.model_dump(), "batch_size": suite.batch_size}
+    return run_lm_eval(None if loaded is None else loaded.model, tokenizer, settings, cell.path, ranks.rank, ranks.world_size,
+                       context_length=context_length)  # fmt: skip

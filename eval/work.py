@@ -1,0 +1,209 @@
+"""The units of a cell: claimed one by one, journaled as they are done, merged in order at the end.
+
+Every rank asks one counter for its next unit, so that a slow rank holds nobody up, and appends what comes out to a file of
+its own, a line a unit. What a unit holds depends on the suite only: a run that was killed goes on with any number of
+ranks, and its results are the same bytes. The last line of a killed rank's file may be torn; it is done again.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_stability.errors import UserError
+
+from .ranks import Ranks
+from .records import Task
+
+Records = list[dict[str, Any]]
+Key = tuple[str, str]  # (task, unit)
+LINE_SECONDS = 15.0
+TTY_SECONDS = 0.5
+_FILE_NAME = re.compile(r"rank-(\d+)-(\d+)\.jsonl")
+
+
+class Journal:
+    """cells/ID/journal/rank-RRRRR-AAAA.jsonl: what rank R did in attempt A, one line {"task", "unit", "records"} a unit."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def files(self) -> list[Path]:
+        """By attempt, then rank."""
+        found = []
+        for path in self.folder.glob("rank-*.jsonl"):
+            match = _FILE_NAME.fullmatch(path.name)
+            if match:
+                found.append((int(match.group(2)), int(match.group(1)), path))
+        return [path for _, _, path in sorted(found)]
+
+    def next_attempt(self) -> int:
+        return 1 + max((int(_FILE_NAME.fullmatch(path.name).group(2)) for path in self.files()), default=0)
+
+    def path(self, rank: int, attempt: int) -> Path:
+        return self.folder / f"rank-{rank:05d}-{attempt:04d}.jsonl"
+
+    def read(self) -> dict[Key, Records]:
+        """Everything that was done; of a unit that stands there twice, the first.
+
+        Raises:
+            UserError: a line that is broken, and is not the torn last one of its file.
+        """
+        done: dict[Key, Records] = {}
+        for path in self.files():
+            for key, records in read_journal(path):
+                done.setdefault(key, records)
+        return done
+
+    def open(self, rank: int, attempt: int) -> "JournalWriter":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return JournalWriter(self.path(rank, attempt))
+
+
+class JournalWriter:
+    """Appends to one journal file; each unit is on the disk before `append` returns."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def append(self, task: str, unit: str, records: Records) -> None:
+        data = dump_line({"task": task, "unit": unit, "records": records}).encode("utf-8")
+        while data:  # one write, but for a full disk or a signal
+            data = data[os.write(self._descriptor, data) :]
+        os.fsync(self._descriptor)
+
+    def __enter__(self) -> "JournalWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._descriptor)
+
+
+def dump_line(value: Any) -> str:
+    """One line of strict JSON. ValueError for NaN and infinity, which are not JSON: a task must say null."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def read_journal(path: Path) -> list[tuple[Key, Records]]:
+    """The units in a journal file. A last line without its end was cut off with its process, and is left out."""
+    lines = path.read_bytes().split(b"\n")
+    units = []
+    for number, line in enumerate(lines[:-1], 1):  # what stands after the last line break is empty, or torn
+        try:
+            row = json.loads(line.decode("utf-8"))
+            units.append(((row["task"], row["unit"]), list(row["records"])))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} line {number}: is no line of a journal; remove the line, and its unit is done "
+                            "again") from None  # fmt: skip
+    return units
+
+
+@dataclass
+class Progress:
+    """Units done, rate and time left, on stderr: a line now and then, or one that is rewritten on a terminal."""
+
+    label: str
+    total: int
+    before: int = 0  # units of earlier attempts: they say nothing about the rate
+
+    def __post_init__(self) -> None:
+        self.started = self.shown = time.monotonic()
+        self.tty = sys.stderr.isatty()
+
+    def show(self, done: int, last: bool = False) -> None:
+        """`done`: units of this attempt."""
+        now = time.monotonic()
+        if not last and now - self.shown < (TTY_SECONDS if self.tty else LINE_SECONDS):
+            return
+        self.shown = now
+        end = "\n" if last or not self.tty else ""
+        print(("\r\x1b[K" if self.tty else "") + self.text(done, now - self.started), end=end, file=sys.stderr, flush=True)
+
+    def text(self, done: int, seconds: float) -> str:
+        finished = self.before + done
+        share = 100 * finished // self.total if self.total else 100
+        text = f"{self.label}: {finished} of {self.total} units ({share} %)"
+        if done and seconds > 0 and finished < self.total:
+            rate = done / seconds
+            text += f", {rate:.2f} a second, {duration((self.total - finished) / rate)} left"
+        return text
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 05 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def all_units(tasks: Sequence[Task]) -> list[Key]:
+    """Every (task, unit), in the order of the suite.
+
+    Raises:
+        ValueError: two tasks of one name, or two units of one id: their records could not be told apart.
+    """
+    units = [(task.name, unit) for task in tasks for unit in task.units()]
+    if len(set(units)) < len(units) or len({task.name for task in tasks}) < len(tasks):
+        raise ValueError("two tasks, or two units of a task, have one name")
+    return units
+
+
+def run_units(tasks: Sequence[Task], journal: Journal, scratch: Path, ranks: Ranks, label: str, works: bool = True) -> None:
+    """Do all units that the journal does not hold yet. Call on every rank; returns when all ranks are through.
+
+    Args:
+        label: names the cell, in progress lines and in the store; used once per process group.
+        works: False for a rank that only waits (its device belongs to another rank's model).
+
+    Raises:
+        OtherRankFailed: another rank's unit failed. What this rank's own unit raised comes as it is.
+    """
+    def plan() -> tuple[list[Key], int, int]:
+        units, done = all_units(tasks), journal.read()
+        return [unit for unit in units if unit not in done], len(units), journal.next_attempt()
+
+    pending, total, attempt = ranks.from_first(plan)
+    by_name = {task.name: task for task in tasks}
+    progress = Progress(label, total, total - len(pending))
+
+    def show(last: bool = False) -> None:
+        if ranks.is_first:
+            progress.show(ranks.store.add(f"{label}/done", 0), last)
+
+    if works and pending:
+        with journal.open(ranks.rank, attempt) as writer:
+            while (position := ranks.store.add(f"{label}/next", 1) - 1) < len(pending):
+                ranks.check()
+                name, unit = pending[position]
+                writer.append(name, unit, by_name[name].run(unit, _scratch(scratch, name)))
+                ranks.store.add(f"{label}/done", 1)
+                show()
+    ranks.wait(f"{label}/units", show)
+    show(last=True)
+
+
+def _scratch(scratch: Path, name: str) -> Path:
+    folder = scratch / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def merged(tasks: Sequence[Task], journal: Journal) -> dict[str, Records]:
+    """The records of each task, in the order of its units, whoever did them and when.
+
+    Raises:
+        RuntimeError: a unit is missing, which `run_units` would have done.
+    """
+    done = journal.read()
+    missing = [unit for unit in all_units(tasks) if unit not in done]
+    if missing:
+        raise RuntimeError(f"{len(missing)} units were not done, the first is {missing[0]}")
+    return {task.name: [record for unit in task.units() for record in done[task.name, unit]] for task in tasks}
