@@ -145,8 +145,8 @@ def generate(
     stops = StoppingCriteriaList([_StopTexts(tokenizer, settings.until, width)] if settings.until else [])
     with _plain_generation_config(model, ends, pad):
         output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False, logits_processor=LogitsProcessorList([watch]),
-            stopping_criteria=stops, max_new_tokens=settings.max_new_tokens, **settings.options,
+            input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False,
+            logits_processor=LogitsProcessorList([watch]), stopping_criteria=stops, max_new_tokens=settings.max_new_tokens, **settings.options,
         )  # fmt: skip
     broken = watch.broken.reshape(len(prompts), -1).any(dim=1).tolist()  # a row of each beam
     texts = [_text(tokenizer, row, ends, settings.until) for row in output[:, width:].tolist()]

@@ -33,6 +33,13 @@ def context_length_of(config: Any) -> int:
     return DEFAULT_CONTEXT_LENGTH
 
 
+def without_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text without the end token that some tokenizers put after every text: it is to be continued."""
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        return ids[:-1]
+    return ids
+
+
 class HarnessModel(TemplateLM):
     """A causal LM for lm-eval. Its request methods are collective: every rank calls each of them equally often.
 
@@ -72,7 +79,7 @@ class HarnessModel(TemplateLM):
         if add_special_tokens is None and prefix and string.startswith(prefix):
             add_special_tokens = False  # it has its begin-of-text already
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, verbose=False, **options)
+        return without_end(self.tokenizer.encode(string, verbose=False, **options), string, self.tokenizer)
 
     # Collectives of `lm_eval.evaluate`.
 

@@ -1,0 +1,211 @@
+"""A generative task scored by exact match: pass@k over the samples of each item.
+
+An item is a prompt with examples and the answer that should follow. The answer is looked for in the first line of what the
+model writes (leading blank space aside): where the right answer is a whole number, the first whole number of that line;
+else the whole line. Both are compared without case, without punctuation or blank space around them, and with single spaces
+inside. A model that writes nothing, or never a number, is wrong, and its score is 0.
+
+pass@k is the chance that at least one of k samples is right, by the unbiased estimator of Chen et al. 2021 ("Evaluating
+Large Language Models Trained on Code"): 1 - C(n - c, k) / C(n, k) for c right ones of n samples, averaged over items.
+"""
+
+import json
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import comb
+from pathlib import Path
+from typing import Any
+
+from ds_stability.errors import UserError
+
+from .decoding import DEFAULT_DECODINGS, Decoding, sample_key
+from .records import Measured
+
+TASKS = Path(__file__).parent / "suites" / "tasks"
+MAX_NEW_TOKENS = 16
+SAMPLES = 8
+PASS_AT = (1, 8)
+CHANCE = 0.0  # of a text that must match
+_NUMBER = re.compile(r"-?\d+")
+_AROUND = string.punctuation + string.whitespace
+
+
+@dataclass(frozen=True)
+class Item:
+    prompt: str
+    answer: str
+    kind: str = ""
+
+
+def load_items(task: str, limit: int | None = None) -> list[Item]:
+    """Items of a file, or of eval/suites/tasks/NAME.jsonl: {"prompt", "answer"} a line, and what else it likes.
+
+    Raises:
+        UserError: no such file or name, not UTF-8, a line that is no such object, no item.
+    """
+    path = TASKS / f"{task}.jsonl" if (TASKS / f"{task}.jsonl").is_file() else Path(task)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"exact_match.task {task}: {error.strerror}; give a file of {{\"prompt\", \"answer\"}} lines, or "
+                        f"one of {', '.join(generative_tasks())}") from None  # fmt: skip
+    except UnicodeDecodeError as error:
+        raise UserError(f"exact_match.task {path}: is not UTF-8 (byte {error.start})") from None
+    items = [_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise UserError(f"exact_match.task {path}: holds no item")
+    return items[:limit]
+
+
+def generative_tasks() -> list[str]:
+    """Names of our own files of items."""
+    return sorted(path.stem for path in TASKS.glob("*.jsonl") if not path.with_suffix(".yaml").exists())
+
+
+def _item(line: str, where: str) -> Item:
+    try:
+        row = json.loads(line)
+        prompt, answer, kind = row["prompt"], row["answer"], row.get("kind", "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"exact_match.task {where}: is no JSON object with prompt and answer") from None
+    if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not normalized(answer):
+        raise UserError(f"exact_match.task {where}: prompt and answer must be texts that are not empty")
+    return Item(prompt, answer, str(kind))
+
+
+def normalized(text: str) -> str:
+    """Lower case, single spaces, nothing but a letter, a digit or a leading minus at the ends."""
+    text = " ".join(text.casefold().split())
+    if _NUMBER.fullmatch(text):
+        return str(int(text))
+    return text.strip(_AROUND)
+
+
+def extracted(text: str, answer: str) -> str:
+    """What a model answered, in the form that is compared; "" for nothing. The rule is the module's."""
+    lines = text.strip().splitlines()
+    first = lines[0] if lines else ""
+    if _NUMBER.fullmatch(answer.strip()):
+        number = _NUMBER.search(first)
+        return normalized(number.group()) if number else ""
+    return normalized(first)
+
+
+def is_correct(text: str, answer: str) -> bool:
+    return extracted(text, answer) == normalized(answer)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Chen et al. 2021, eq. 1: the share of k-subsets of the samples that hold a right one.
+
+    Raises:
+        ValueError: k is not within 1..samples, or correct not within 0..samples.
+    """
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f"pass@{k} of {correct} right ones among {samples} samples")
+    return 1.0 - comb(samples - correct, k) / comb(samples, k)
+
+
+class ExactMatchTask:
+    """Task protocol: a unit is a batch of (item, sample) pairs whose members and padding the suite fixes.
+
+    Args:
+        generator: generation.Generator of the model.
+        tokenizer: a prompt longer than the model's context loses its beginning, as in lm-eval.
+        items: see `load_items`.
+        seeds: sampling seeds; each draws `samples` texts of an item.
+        samples: under each seed; 1 where the decoding is not random.
+        decoding: how; by default the untruncated distribution at temperature 1.
+        context_length: positions of the model; None: it names no limit.
+
+    Raises:
+        UserError: the context has no room for `max_new_tokens` and a prompt.
+    """
+
+    name = "exact_match"
+
+    def __init__(
+        self, generator: Any, tokenizer: Any, items: Sequence[Item], seeds: Sequence[int], *, samples: int = SAMPLES,
+        decoding: Decoding = DEFAULT_DECODINGS["sample"], max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 32,
+        context_length: int | None = None, source: str = "",
+    ):  # fmt: skip
+        if context_length is not None and context_length <= max_new_tokens:
+            raise UserError(f"exact_match.max_new_tokens {max_new_tokens}: leaves no room for a prompt in the model's context "
+                            f"of {context_length}; lower it")  # fmt: skip
+        self.generator, self.tokenizer, self.items, self.seeds = generator, tokenizer, list(items), list(seeds)
+        self.decoding, self.max_new_tokens, self.batch_size, self.source = decoding, max_new_tokens, batch_size, source
+        self.samples = samples if decoding.sampled else 1
+        if not decoding.sampled:
+            self.seeds = self.seeds[:1]
+        room = None if context_length is None else context_length - max_new_tokens
+        prompts = [_prompt_ids(tokenizer, item.prompt) for item in self.items]
+        self.prompts = prompts if room is None else [ids[-room:] for ids in prompts]
+        self.cut = sum(len(whole) > len(kept) for whole, kept in zip(prompts, self.prompts, strict=True))
+        self.rows = [
+            (index, place * self.samples + draw, seed, draw)
+            for index in range(len(self.items))
+            for place, seed in enumerate(self.seeds)
+            for draw in range(self.samples)
+        ]
+
+    def units(self) -> list[str]:
+        return [f"{start:07d}" for start in range(0, len(self.rows), self.batch_size)]
+
+    def run(self, unit: str, scratch: Path) -> list[dict[str, Any]]:
+        """Records of a batch: prompt, sample, seed, decoding, text, answer, correct (null where the text is not finite)."""
+        rows = self.rows[int(unit) : int(unit) + self.batch_size]
+        # Named apart from the samples task, whose prompts have the same numbers.
+        keys = [sample_key(seed, f"{self.name}:{self.decoding.name}", index, draw) for index, _, seed, draw in rows]
+        texts = self.generator.generate_keyed(
+            [self.prompts[index] for index, *_ in rows], self.decoding, keys, self.max_new_tokens
+        )
+        return [self._record(row, generated) for row, generated in zip(rows, texts, strict=True)]
+
+    def _record(self, row: tuple[int, int, int, int], generated: Any) -> dict[str, Any]:
+        index, sample, seed, _ = row
+        item, text = self.items[index], self.tokenizer.decode(generated.token_ids, skip_special_tokens=True)
+        finite = generated.finish != "non_finite"
+        return {
+            "prompt": index, "sample": sample, "seed": seed, "decoding": self.decoding.name, "text": text,
+            "finish": generated.finish, "answer": extracted(text, item.answer) if finite else None,
+            "correct": is_correct(text, item.answer) if finite else None,
+        }  # fmt: skip
+
+    def measure(self, records: list[dict[str, Any]], scratch: Path) -> list[Measured]:
+        """pass@1 and pass@8 (where there are so many samples), items as units; and pass@1 of each kind of item."""
+        verdicts: dict[int, list[bool | None]] = {}
+        for record in records:
+            verdicts.setdefault(record["prompt"], []).append(record["correct"])
+        kinds = sorted({item.kind for item in self.items if item.kind})
+        measures = [self._measured(f"{self.name}_pass_{k}", k, verdicts) for k in PASS_AT]
+        for kind in kinds if len(kinds) > 1 else []:
+            of_kind = {index: found for index, found in verdicts.items() if self.items[index].kind == kind}
+            measures.append(self._measured(f"{self.name}_{kind}_pass_1", 1, of_kind))
+        return measures
+
+    def _measured(self, metric: str, k: int, verdicts: dict[int, list[bool | None]]) -> Measured:
+        where = {"decoding": self.decoding.name, "settings": self._settings(k)}
+        samples = self.samples * len(self.seeds)
+        broken = sum(None in found for found in verdicts.values())
+        if broken:  # to leave them out would be to score a choice of items
+            return Measured.null(metric, f"{broken} of {len(verdicts)} items have a text that is not finite", **where)
+        if samples < k:
+            return Measured.null(metric, f"pass@{k} needs {k} samples of an item; there are {samples}", **where)
+        note = f"{self.cut} of {len(self.items)} prompts lost their beginning to fit into the model" if self.cut else None
+        totals = [pass_at_k(len(found), sum(found), k) for found in verdicts.values()]
+        return Measured(metric, list(verdicts), totals, [1.0] * len(totals), note=note, **where)
+
+    def _settings(self, k: int) -> dict[str, Any]:
+        decoding = {key: value for key, value in asdict(self.decoding).items() if key != "name"}
+        return {
+            "task": self.source or self.name, "k": k, "samples": self.samples * len(self.seeds), "chance": CHANCE,
+            "max_new_tokens": self.max_new_tokens, "decoding": decoding, "estimator": "unbiased, Chen et al. 2021",
+        }  # fmt: skip
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids with the BOS that the tokenizer writes by itself, without an end token: the text goes on."""
+    ids = tokenizer.encode(prompt)
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
