@@ -1,11 +1,16 @@
 # make demo: train a tiny model at five levels and draw the dose-response; make test: all tests but slow and gpu ones.
+# make reproduce-quick, make reproduce: the headline sweep, its evaluation and its report. TEXT=a.txt,b.txt trains on those
+# files instead of the built-in prose; a broken run is taken up where it stopped.
 # PYTHON=... chooses the interpreter (an installed torch is used as it is); TORCH=... what to install where there is none.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow docs clean
+TEXT ?=
+ON_TEXT = $(if $(TEXT),--set dataset_name=null --set train_file=$(TEXT) --set unwrap=true)
+
+.PHONY: demo test test-slow reproduce reproduce-quick docs clean
 
 demo: $(VENV)/.ready
 	$(RUN) benchmarks/demo.py --output runs/demo
@@ -15,6 +20,14 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
+
+reproduce-quick: $(VENV)/.ready
+	$(VENV)/bin/ds-stability sweep reproduce_quick $(ON_TEXT)
+	$(VENV)/bin/ds-stability report evals/reproduce_quick
+
+reproduce: $(VENV)/.ready
+	$(VENV)/bin/ds-stability sweep reproduce $(ON_TEXT)
+	$(VENV)/bin/ds-stability report evals/reproduce
 
 docs: $(VENV)/.ready
 	$(RUN) docs/generate.py

@@ -85,7 +85,27 @@ def _run_eval(args: argparse.Namespace) -> int:
     return run_command(args)
 
 
-SUBCOMMANDS = (add_inspect, add_eval, add_sweep)
+def add_report(subparsers: Any) -> None:
+    """`report DIR`: one HTML page with figures and tables from the cells that `eval` wrote."""
+    parser = subparsers.add_parser("report", help="make the report of evaluated cells: one page, figures, tables")
+    parser.add_argument("directory", metavar="DIR", help="evals/NAME, the --output_dir of ds-stability eval")
+    parser.add_argument("--output", metavar="DIR", help="folder of the page (default: DIR/report)")
+    parser.add_argument("--baseline_level", type=float, default=0.0, help="level that the others are compared to (default: 0)")
+    parser.add_argument("--predictions", metavar="FILE", help="predictions to judge (default: DIR/predictions.yaml, if there)")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ds_stability.eval.report import write_report
+
+    output, predictions = (Path(value) if value else None for value in (args.output, args.predictions))
+    print(write_report(Path(args.directory), output, args.baseline_level, predictions))
+    return 0
+
+
+SUBCOMMANDS = (add_inspect, add_eval, add_sweep, add_report)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -19,10 +19,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .intervals import confidence_level
 from .records import Measured
 from .report_cells import Cell, Key
 
 RESAMPLES = 1000
+MAX_UNITS = 500  # more are summed in runs of neighbors first: the same variance, a bounded cost
 RESULT_COLUMNS = ("run", "level", "arch", "seed", "arm", "decoding", "split", "metric", "value", "stderr", "ci_low", "ci_high", "n", "note")  # fmt: skip
 REFERENCE = "reference"  # the decoding whose "samples" are the human continuations
 PLAIN_ARMS = ("feedback", "none", "no_feedback", "plain", "unweighted")  # where the baseline is looked for first
@@ -105,7 +107,7 @@ def baseline_of(group: Group, groups: Sequence[Group], level: float) -> Group | 
     return next((other for other in candidates if other in groups and other != group), None)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _weights(units: int, repeats: int, resamples: int, seed: int) -> np.ndarray:
     """How often each unit is drawn, [repeats * resamples, units]; the same for every cell with as many units."""
     generator = np.random.default_rng([seed, units, repeats])
@@ -120,8 +122,11 @@ def _picks(seeds: int, resamples: int, seed: int) -> np.ndarray:
 
 def _inner(measured: Sequence[Measured], repeats: int, resamples: int, seed: int) -> np.ndarray:
     """Values of each Measured over resampled units, [measured, repeats, resamples]; all have equally many units."""
-    weights = _weights(len(measured[0].units), repeats, resamples, seed)
     totals, counts = (np.stack([getattr(item, name) for item in measured], axis=1) for name in ("totals", "counts"))
+    if len(totals) > MAX_UNITS:
+        first = np.arange(MAX_UNITS) * len(totals) // MAX_UNITS
+        totals, counts = (np.add.reduceat(array, first, axis=0) for array in (totals, counts))
+    weights = _weights(len(totals), repeats, resamples, seed)
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample of empty units has no value: nan, left out later
         values = (weights @ totals) / (weights @ counts)
     return values.T.reshape(len(measured), repeats, resamples)
@@ -206,16 +211,23 @@ def interval(draws: Draws, key: Key) -> Interval:
     finite = draws.draws[np.isfinite(draws.draws)]
     if len(finite) < 2:
         return Interval(None, None, "no resample had a value")
-    low, high = (float(x) for x in np.quantile(finite, [0.025, 0.975]))
-    return Interval(low, high, "one seed: interval over prompts only" if len(draws.values) < 2 else None)
+    single = len(draws.values) < 2
+    tail = (1 - confidence_level(units)) / 2 if single else 0.025  # as for a single cell: few units need a wider level
+    low, high = (float(bound) for bound in np.quantile(finite, [tail, 1 - tail]))
+    return Interval(low, high, "one seed: interval over prompts only" if single else None)
 
 
 def t_interval(values: np.ndarray) -> tuple[float | None, float | None]:
     """95 % t-interval of the mean over seeds; (None, None) for fewer than two."""
     if len(values) < 2:
         return None, None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = _t_quantile(len(values)) * float(values.std(ddof=1)) / len(values) ** 0.5
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+@lru_cache
+def _t_quantile(seeds: int) -> float:  # scipy takes longer for it than all else in a row takes
+    return float(stats.t.ppf(0.975, seeds - 1))
 
 
 def group_rows(groups: dict[Group, list[Cell]], drawn: dict[Group, Draws], key: Key, baseline_level: float = 0.0,
@@ -231,7 +243,7 @@ def group_rows(groups: dict[Group, list[Cell]], drawn: dict[Group, Draws], key: 
         row["values"] = {str(cell.seed): cell.value(key) for cell in cells}
         row["unit"] = next((cell.rows[key].get("unit") for cell in cells if key in cell.rows), None)
         if group in drawn:
-            row |= _value_columns(drawn[group], key, row["note"])
+            row |= _value_columns(drawn[group], key, row["note"], row["unit"])
             row |= _difference_columns(group, drawn, key, baseline_level, seed)
         rows.append(row)
     return rows
@@ -241,13 +253,16 @@ def _notes(cells: Sequence[Cell], key: Key) -> str:
     return "; ".join(dict.fromkeys(str(cell.rows[key]["note"]) for cell in cells if cell.rows.get(key, {}).get("note")))
 
 
-def _value_columns(draws: Draws, key: Key, note: str) -> dict[str, Any]:
+def _value_columns(draws: Draws, key: Key, note: str, unit: str | None) -> dict[str, Any]:
     low, high, why = interval(draws, key)
+    if unit == "share" and low is not None:  # pseudo-values of the jackknife need not lie in 0..1, a share does
+        low, high = (min(1.0, max(0.0, bound)) for bound in (low, high))
     t_low, t_high = t_interval(draws.values)
     counts = [cell.rows[key].get("n") for cell in draws.cells]
     finite = draws.draws[np.isfinite(draws.draws)]
     return {
-        "seeds": len(draws.values), "value": draws.value, "ci_low": low, "ci_high": high, "t_low": t_low, "t_high": t_high,
+        "seeds": len(draws.values), "value": draws.value, "ci_low": low, "ci_high": high,
+        "t_low": t_low, "t_high": t_high,
         "sd": float(draws.values.std(ddof=1)) if len(draws.values) > 1 else None,
         "stderr": float(finite.std(ddof=1)) if low is not None else None,
         "n": None if None in counts else float(sum(counts)),

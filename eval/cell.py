@@ -22,7 +22,7 @@ from ds_stability.data.frequency import FILE_NAME
 from ds_stability.errors import UserError
 from ds_stability.run_dir import RunDir, sync_directory, utc_now, write_atomic, write_json_atomic
 
-from .records import Measured
+from .records import Measured, Prompt
 from .work import Journal, Records, dump_line
 
 CELL_VERSION = 1
@@ -224,6 +224,15 @@ class CellDir:
             raise UserError(f"{self.path}: was evaluated with another {key.replace('_', ' ')} ({_short(recorded.get(key))} then, "
                             f"{_short(identity.get(key))} now); use another --output_dir, or remove this folder")  # fmt: skip
 
+    def take(self, identity: Mapping[str, Any]) -> bool:
+        """`lock` the cell, and begin it unless it is done already: then let go of it and return True."""
+        self.lock()
+        if self.check(identity):
+            self.unlock()
+            return True
+        self.begin(identity)
+        return False
+
     def begin(self, identity: Mapping[str, Any]) -> None:
         if not self.identity.exists():
             write_json_atomic(self.identity, identity)
@@ -237,6 +246,11 @@ class CellDir:
                 path = self.samples
                 rows = sorted(rows, key=lambda row: (order[row["decoding"]], row["prompt"], row["sample"]))
             write_atomic(path, "".join(map(dump_line, rows)))
+
+    def write_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """prompts.jsonl: what was continued, and how a human went on; samples refer to it by index."""
+        lines = ({"index": prompt.index, "text": prompt.text, "reference_text": prompt.reference_text} for prompt in prompts)
+        write_atomic(self.path / "prompts.jsonl", "".join(map(dump_line, lines)))
 
     def finish(self, cell: Mapping[str, Any], scores: Mapping[str, Any], measured: Iterable[Measured]) -> None:
         """All results, then DONE, then away with the journal."""

@@ -18,6 +18,7 @@ import torch
 from ds_stability.errors import UserError
 
 KINDS = ("greedy", "sample", "beam")
+CPU_ELEMENTS = 2**17  # of one pass on a CPU: what stays in its cache
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Decoding:
         kind: "greedy", "sample", or "beam" (the best of `num_beams` by log-probability over length, see generation.py).
         temperature: logits are divided by it; sampling only, as the two below.
         top_p: keep the fewest likeliest tokens that together reach this probability (Holtzman et al. 2020); 1 keeps all.
-        top_k: keep the k likeliest tokens, and what ties with the last of them (Fan et al. 2018); 0 keeps all.
+        top_k: keep the k likeliest tokens (Fan et al. 2018); 0 keeps all. Of either, what ties with the last is kept too.
         num_beams: beams of a beam search.
     """
 
@@ -145,9 +146,14 @@ def next_tokens(
         temperature 1; finite_B (bool): False where the logits hold a NaN, +inf, or nothing but -inf. There the other
         three are meaningless (token 0, zeros).
     """
+    rows = max(1, CPU_ELEMENTS // logits_BV.shape[1])
+    if logits_BV.device.type == "cpu" and len(logits_BV) > rows:
+        parts = [slice(start, start + rows) for start in range(0, len(logits_BV), rows)]
+        results = [next_tokens(logits_BV[part], decoding, None if uniforms_B is None else uniforms_B[part]) for part in parts]
+        return tuple(torch.cat(column) for column in zip(*results, strict=True))
     shifted_BV, exp_BV, finite_B1 = _shifted(logits_BV)
     if decoding.kind == "greedy":
-        tokens_B1 = shifted_BV.argmax(dim=-1, keepdim=True)
+        tokens_B1 = _first_largest(shifted_BV)
     else:
         tokens_B1 = _draw(_truncated(shifted_BV, exp_BV, decoding), uniforms_B.unsqueeze(-1))
     tokens_B1 = torch.where(finite_B1, tokens_B1, 0)
@@ -198,13 +204,26 @@ def _truncated(shifted_BV: torch.Tensor, exp_BV: torch.Tensor, decoding: Decodin
         scores_BV = scores_BV.masked_fill(scores_BV < least_B1, -math.inf)
     weights_BV = scores_BV.exp()
     if decoding.top_p < 1:
-        # Stable: of tokens that tie, the one with the lower id comes first, on every device.
-        ordered_BV, order_BV = weights_BV.sort(dim=-1, descending=True, stable=True)
-        before_BV = prefix_sums(ordered_BV) - ordered_BV
-        dropped_BV = before_BV >= decoding.top_p * ordered_BV.sum(dim=-1, keepdim=True)
-        dropped_BV[:, 0] = False
-        weights_BV = weights_BV.masked_fill(torch.zeros_like(dropped_BV).scatter(1, order_BV, dropped_BV), 0.0)
+        ordered_BV = _descending(weights_BV)
+        cumulative_BV = prefix_sums(ordered_BV)
+        # A token belongs to the nucleus if what comes before it has not reached top_p yet.
+        size_B1 = (cumulative_BV - ordered_BV < decoding.top_p * cumulative_BV[:, -1:]).sum(dim=-1, keepdim=True)
+        least_B1 = ordered_BV.gather(1, size_B1.clamp(min=1) - 1)
+        weights_BV = weights_BV.masked_fill(weights_BV < least_B1, 0.0)
     return weights_BV
+
+
+def _descending(values_BV: torch.Tensor) -> torch.Tensor:
+    if values_BV.device.type == "cpu":  # vectorized, other than torch's
+        return torch.from_numpy(np.sort(values_BV.numpy(), axis=-1)).flip(-1)
+    return values_BV.sort(dim=-1, descending=True).values
+
+
+def _first_largest(values_BV: torch.Tensor) -> torch.Tensor:
+    """The first of the largest in each row, int64 [B, 1]."""
+    if values_BV.device.type == "cpu":  # vectorized, other than torch's
+        return torch.from_numpy(values_BV.numpy().argmax(axis=-1)).unsqueeze(-1)
+    return values_BV.argmax(dim=-1, keepdim=True)
 
 
 def _draw(weights_BV: torch.Tensor, uniforms_B1: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from .kv_cache import right_sized_cache
 from .records import Prompt
 
 SCORE_ELEMENTS = 2**26  # logits of one scoring pass: 256 MiB in fp32
-DEAD_BEAM = -1e30  # finite: -inf would become NaN in the arithmetic of the beam search
+DEAD_BEAM = -1e6  # below any real beam, and above the -1e9 by which the beam search marks a beam that is not there
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,8 @@ class Generator:
         """
         if decoding.kind == "beam":
             return self._beam_search(prompts, decoding, max_new_tokens)
-        if decoding.sampled:
-            uniforms_BN = torch.as_tensor(uniforms_BN, dtype=torch.float64, device=self.device)
-        picker = TokenPicker(decoding, uniforms_BN, self.eos_ids, self.pad_id)
+        numbers_BN = torch.as_tensor(uniforms_BN, dtype=torch.float64, device=self.device) if decoding.sampled else None
+        picker = TokenPicker(decoding, numbers_BN, self.eos_ids, self.pad_id)
         ids_BT, mask_BT = pad_left(prompts, self.pad_id, self.device)
         cache = right_sized_cache(self.model, ids_BT.shape[1] + max_new_tokens)
         with _own_generation_config(self.model):

@@ -18,6 +18,7 @@ from .records import Measured
 CONFIDENCE = 0.95
 MAX_UNITS = 500  # more are summed in runs of neighbors first: the same variance, a bounded cost
 FEW_UNITS = 6  # resampling fewer can not reach 95 %: the extremes of the data are the widest interval there is
+COUNTED = {"groups", "pools", "texts", "texts_too_short", "texts_without_words", "texts_without_repeat"}  # not chosen: outcomes
 BATCH = 2_000_000  # units drawn at once: bounds memory
 
 
@@ -32,9 +33,10 @@ def row(measured: Measured, resamples: int = 2000, seed: int = 0) -> dict[str, A
     used = measured.counts > 0
     totals, counts = measured.totals[used], measured.counts[used]
     interval = _interval([(totals, counts)], measured.value, resamples, seed)
-    return {**_where(measured), "value": measured.value, "n": int(round(float(measured.counts.sum()))),
-            "units": int(used.sum()), **interval, "unit": measured.unit, "settings": measured.settings,
-            "note": _notes(measured.note, interval["note"])}  # fmt: skip
+    result = {**_where(measured), "value": measured.value, "n": int(round(float(measured.counts.sum()))),
+              "units": int(used.sum()), **interval, "unit": measured.unit, "settings": measured.settings,
+              "note": _notes(measured.note, interval["note"])}  # fmt: skip
+    return _clip_share(result)
 
 
 def paired_difference(a: Measured, b: Measured, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -45,10 +47,11 @@ def paired_difference(a: Measured, b: Measured, resamples: int = 2000, seed: int
     pair, common = _pair(a, b)
     value = _ratio(*pair[0]) - _ratio(*pair[1]) if common else None
     interval = _interval(pair, value, resamples, seed)
-    alike = None if a.settings == b.settings else "measured under different settings"
-    missing = None if common else _notes(a.note, b.note, "no unit in common")
+    chosen_a, chosen_b = ({key: m.settings[key] for key in m.settings.keys() - COUNTED} for m in (a, b))
+    differ = None if chosen_a == chosen_b else "measured under different settings"
+    missing = None if common else "no unit in common"
     return {**_where(a), "value": value, "n": common, "units": common, **interval, "unit": a.unit,
-            "settings": a.settings, "note": _notes(missing, alike, interval["note"])}  # fmt: skip
+            "settings": a.settings, "note": _notes(a.note, b.note, missing, differ, interval["note"])}  # fmt: skip
 
 
 def hierarchical(seeds: Sequence[Measured], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -57,14 +60,18 @@ def hierarchical(seeds: Sequence[Measured], resamples: int = 2000, seed: int = 0
     Seeds without a value are left out. `n` is the number of seeds used; a single one gives no interval.
     """
     used = [one for one in seeds if one.value is not None]
+    if not seeds:
+        raise ValueError("no seed given")
     parts = [[(one.totals[one.counts > 0], one.counts[one.counts > 0])] for one in used]
-    return _over_seeds(seeds, used, parts, [one.value for one in used], resamples, seed)
+    return _clip_share(_over_seeds(seeds, used, parts, [one.value for one in used], resamples, seed))
 
 
 def hierarchical_difference(
     pairs: Sequence[tuple[Measured, Measured]], resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """The mean over seeds of a - b, one pair a seed, paired by unit within it; keys as in `row`."""
+    if not pairs:
+        raise ValueError("no pair of seeds given")
     paired = [(a, *_pair(a, b)) for a, b in pairs]
     used = [(a, pair) for a, pair, common in paired if common]
     values = [_ratio(*pair[0]) - _ratio(*pair[1]) for _, pair in used]
@@ -116,6 +123,14 @@ def _interval(parts: Pairs, value: float | None, resamples: int, seed: int) -> d
     return {"stderr": error, "ci_low": low, "ci_high": high, "note": note}
 
 
+def _clip_share(result: dict[str, Any]) -> dict[str, Any]:
+    """A share lies in 0..1: ends of intervals over pseudo-values of the jackknife need not, nor a value after rounding."""
+    if result["unit"] == "share":
+        for key in ("value", "ci_low", "ci_high"):
+            result[key] = None if result[key] is None else min(1.0, max(0.0, result[key]))
+    return result
+
+
 def _statistic(*arrays: np.ndarray, axis: int = -1) -> np.ndarray:
     """Ratio of sums of (totals, counts), minus that of a second pair if there is one."""
     value = arrays[0].sum(axis=axis) / arrays[1].sum(axis=axis)
@@ -149,7 +164,8 @@ def _in_runs(arrays: list[np.ndarray]) -> list[np.ndarray]:
 def _pair(a: Measured, b: Measured) -> tuple[Pairs, int]:
     """(totals, counts) of both over their common units with something in both, in the order of `a`, and how many."""
     place = {unit: i for i, unit in enumerate(b.units)}
-    both = [(i, place[unit]) for i, unit in enumerate(a.units) if unit in place and a.counts[i] > 0 and b.counts[place[unit]] > 0]
+    both = [(i, place[unit]) for i, unit in enumerate(a.units) if unit in place]
+    both = [(i, j) for i, j in both if a.counts[i] > 0 and b.counts[j] > 0]
     i, j = np.array(both, dtype=np.int64).reshape(-1, 2).T
     pair = [(a.totals[i], a.counts[i]), (b.totals[j], b.counts[j])]
     finite = all(np.isfinite(array).all() for part in pair for array in part)
@@ -159,8 +175,6 @@ def _pair(a: Measured, b: Measured) -> tuple[Pairs, int]:
 def _over_seeds(every: Sequence[Measured], used: Sequence[Measured], parts: list[Pairs], values: list[float],
                 resamples: int, seed: int) -> dict[str, Any]:
     """The nested bootstrap: seeds with replacement, then units of each seed drawn, anew for each time it is drawn."""
-    if not every:
-        raise ValueError("no seed given")
     result = {**_where(every[0]), "value": float(np.mean(values)) if values else None, "n": len(values),
               "units": sum(len(part[0][0]) for part in parts), "stderr": None, "ci_low": None, "ci_high": None,
               "unit": every[0].unit, "settings": (used or every)[0].settings}  # fmt: skip

@@ -84,8 +84,8 @@ def _starts_word(token: int, tokenizer: Any) -> bool:
     return tokenizer.decode([token])[:1].isspace()
 
 
-def prompts_from_file(path: str, tokenizer: Any, count: int | None = None) -> list[Prompt]:
-    """The first `count` prompts of a file.
+def prompts_from_file(path: str, tokenizer: Any, count: int | None = None, continuation: int | None = None) -> list[Prompt]:
+    """The first `count` prompts of a file, with up to `continuation` tokens of their references.
 
     .jsonl: objects with "prompt" and optionally "reference"; anything else: a prompt a line, blank lines left out.
 
@@ -103,7 +103,7 @@ def prompts_from_file(path: str, tokenizer: Any, count: int | None = None) -> li
         raise UserError(f"prompts.file {path}: holds no prompt; write one a line")
     is_json = path.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json"))
     pairs = [_row(line, where) if is_json else (line, None) for where, line in rows]
-    return [_prompt(index, text, reference, where, tokenizer)
+    return [_prompt(index, text, reference, where, tokenizer, continuation)
             for index, ((where, _), (text, reference)) in enumerate(zip(rows, pairs, strict=True))]  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def _row(line: str, where: str) -> tuple[str, str | None]:
     return text, reference or None
 
 
-def _prompt(index: int, text: str, reference: str | None, where: str, tokenizer: Any) -> Prompt:
+def _prompt(index: int, text: str, reference: str | None, where: str, tokenizer: Any, continuation: int | None) -> Prompt:
     ids = tokenizer(text, verbose=False)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]  # some tokenizers end a text with EOS, after which nothing is to be said
@@ -129,4 +129,7 @@ def _prompt(index: int, text: str, reference: str | None, where: str, tokenizer:
     if reference is None:
         return Prompt(index, text, tuple(ids))
     following = tokenizer(reference, add_special_tokens=False, verbose=False)["input_ids"]
+    if continuation is not None and len(following) > continuation:
+        following = following[:continuation]
+        reference = tokenizer.decode(following, skip_special_tokens=True)
     return Prompt(index, text, tuple(ids), tuple(following), reference)

@@ -7,7 +7,9 @@ Names and texts come from models and from disk: everything is escaped in the pag
 
 import io
 import json
+import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +117,8 @@ def draw_figures(analysis: Analysis) -> list[report_figures.Picture]:
         if row["arm"] == analysis.arm and row["level"] is not None and row["value"] is not None and row["decoding"] != REFERENCE:
             by_key.setdefault(Key(row["metric"], row["decoding"], row["split"]), []).append(row)
     units = {key: rows[0]["unit"] for key, rows in by_key.items()}
-    panels = {key: report_figures.Panel(key, metric_title(key, units[key]), rows, reference_lines(analysis, key))
+    lines = reference_lines(analysis)
+    panels = {key: report_figures.Panel(key, metric_title(key, units[key]), rows, lines.get(key, {}))
               for key, rows in by_key.items()}  # fmt: skip
     pictures = []
     head = [key for key in HEADLINE if key in panels] or list(panels)[:8]
@@ -123,16 +126,16 @@ def draw_figures(analysis: Analysis) -> list[report_figures.Picture]:
     if head:
         pictures.append(report_figures.dose_response(
             "headline", f"Dose-response of the headline measures. {interval}", [panels[key] for key in head],
-            analysis.architectures, inches=(2.45, 2.3), direct=True))  # fmt: skip
+            analysis.architectures, inches=(2.3, 2.35), direct=True))  # fmt: skip
     families: dict[str, list[Key]] = {}
     for key in panels:
         families.setdefault(metric_family(key), []).append(key)
     for place, (family, keys) in enumerate(sorted(families.items()), start=1):
         pictures.append(report_figures.dose_response(
-            f"dose-{place:02d}-{''.join(c if c.isalnum() else '-' for c in family)[:40]}", f"{family}. {interval}",
+            f"dose-{place:02d}-{'-'.join(re.findall(r'[a-z0-9]+', family.lower()))[:40]}", f"{family}. {interval}",
             [panels[key] for key in keys], analysis.architectures, columns=5, inches=(2.0, 1.85)))  # fmt: skip
     if analysis.curves:
-        caption = "Training curves by level: median over seeds, band from lowest to highest. What is optimized is not what is shown in the middle."
+        caption = "Training curves by level: median over seeds, band from lowest to highest. Left: the weighted loss that is optimized; middle: plain cross-entropy; right: entropy of the predictions; all on training batches."
         pictures.append(report_figures.training_curves(analysis.curves, caption))
     main = [row for row in analysis.stability if row["arm"] == analysis.arm and row["level"] is not None]
     if main:
@@ -145,20 +148,22 @@ def draw_figures(analysis: Analysis) -> list[report_figures.Picture]:
     return pictures
 
 
-def reference_lines(analysis: Analysis, key: Key) -> dict[str, float]:
-    """What to compare a curve with: human text, models that no run of ours made, and the chance level."""
-    lines = {}
-    human = [row["value"] for row in analysis.rows if key.decoding and row["value"] is not None
-             and (row["metric"], row["decoding"]) == (key.metric, REFERENCE)]  # fmt: skip
-    if human:
-        lines["human text"] = float(np.mean(human))
+def reference_lines(analysis: Analysis) -> dict[Key, dict[str, float]]:
+    """What to compare curves with: human text, models that no run of ours made, and the chance level."""
+    lines: dict[Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    human: dict[str, list[float]] = defaultdict(list)
     for row in analysis.rows:
-        if row["arm"].startswith(UNTOUCHED) and row["value"] is not None and (row["metric"], row["decoding"], row["split"]) == key:
-            lines[row["arm"]] = row["value"]
-    chances = {(cell.rows[key].get("settings") or {}).get("chance") for cell in analysis.evaluation.cells if key in cell.rows} - {None}
-    if chances:
-        lines["chance"] = float(np.mean(list(chances)))
-    return lines
+        if row["value"] is not None and row["decoding"] == REFERENCE:
+            human[row["metric"]].append(row["value"])
+        elif row["value"] is not None and row["arm"].startswith(UNTOUCHED):
+            lines[Key(row["metric"], row["decoding"], row["split"])][row["arm"]].append(row["value"])
+    for cell in analysis.evaluation.cells:
+        for key, row in cell.rows.items():
+            if (row.get("settings") or {}).get("chance") is not None:
+                lines[key]["chance"].append(row["settings"]["chance"])
+            if key.decoding and key.metric in human:
+                lines[key]["human text"] = human[key.metric]
+    return {key: {label: float(np.mean(values)) for label, values in found.items()} for key, found in lines.items()}
 
 
 def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:

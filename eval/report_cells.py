@@ -21,7 +21,7 @@ from ds_stability.errors import UserError
 from .records import Measured
 
 ITEM_COLUMNS = ("metric", "decoding", "split", "unit_id", "total", "count")
-OWN_AXES = ("level", "architecture", "seed", "arm")  # what the report already distinguishes
+OWN_AXES = ("level", "stability.level", "architecture", "seed", "arm")  # what the report already distinguishes
 UNTOUCHED = "untouched"
 
 
@@ -119,7 +119,7 @@ def _read_cell(folder: Path) -> Cell:
     run = meta.get("run") if isinstance(meta.get("run"), dict) else {}
     identity = str(meta.get("id", folder.name))
     axes = run.get("axes") if isinstance(run.get("axes"), dict) else {}
-    asked = axes.get("level", run.get("level"))
+    asked = axes.get("level", axes.get("stability.level", run.get("level")))
     arm = str(run.get("arm") or "feedback") if run else f"{UNTOUCHED}: {identity}"
     if run and asked is not None and _number(asked) is None:  # a schedule has no place on the axis: an arm of its own
         arm += f", level {json.dumps(asked)}"
@@ -162,13 +162,15 @@ def _read_items(path: Path, rows: dict[Key, dict[str, Any]]) -> dict[Key, Measur
         frame = pd.read_parquet(path, columns=list(ITEM_COLUMNS))
     except Exception as error:  # pyarrow has errors of its own for each way in which a file can be broken
         raise _Broken(f"items.parquet: cannot be read ({' '.join(str(error).split())[:120]})") from None
-    frame = frame.astype({"unit_id": str}).sort_values("unit_id", kind="stable")
+    names = [frame[name].astype(object).where(frame[name].notna(), None).to_numpy() for name in ("metric", "decoding", "split")]
+    units, totals, counts = frame["unit_id"].astype(str).to_numpy(dtype=object), frame["total"].to_numpy(), frame["count"].to_numpy()
+    codes = frame.groupby(["metric", "decoding", "split"], dropna=False, sort=False).ngroup().to_numpy()
+    order = np.lexsort((units.astype(str), codes))
     measured = {}
-    for (metric, decoding, split), part in frame.groupby(["metric", "decoding", "split"], dropna=False, sort=False):
-        key = Key(metric, None if pd.isna(decoding) else decoding, None if pd.isna(split) else split)
+    for places in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else ():
+        key = Key(*(column[places[0]] for column in names))
         if rows.get(key, {}).get("value") is not None:
-            measured[key] = Measured(metric, part["unit_id"].tolist(), part["total"].to_numpy(), part["count"].to_numpy(),
-                                     decoding=key.decoding, split=key.split)  # fmt: skip
+            measured[key] = Measured(key.metric, units[places].tolist(), totals[places], counts[places], key.decoding, key.split)
     return measured
 
 

@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .report_cells import Key
 from .report_curves import CURVES
@@ -23,8 +24,9 @@ SERIES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D")
 DARK = {INK: "#e6e6e6", MUTED: "#a3a3a3", GRID: "#3a3d42", "#0072b2": "#4aa8e0", "#d55e00": "#f08a45", "#009e73": "#2ec49a",
         "#cc79a7": "#e09cc4", "#b58900": "#e0b030", "#56b4e9": "#7cc8f2", "#7a5195": "#b08acb"}  # fmt: skip
 DPI = 170
+FONTS = "'DejaVu Sans',Verdana,sans-serif"
 STYLE = {
-    "svg.fonttype": "path", "svg.hashsalt": "report", "font.size": 8, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
+    "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "svg.hashsalt": "report", "font.size": 8.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
     "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "axes.formatter.useoffset": False, "grid.color": GRID,
 }  # fmt: skip
@@ -84,21 +86,20 @@ def _dose_panel(axis: Any, panel: Panel, colors: Mapping[str, tuple[str, str]], 
             continue
         shift = (place - (len(colors) - 1) / 2) * 0.014 * span  # apart, so that no interval hides another
         x, y = np.array([row["level"] for row in rows]) + shift, np.array([row["value"] for row in rows])
-        seeds = [(row["level"] + shift, value) for row in rows for value in row["values"].values() if value is not None]
-        axis.plot(*zip(*seeds, strict=True), linestyle="none", marker="o", markersize=1.9, color=color, alpha=0.45, markeredgewidth=0)
+        seeds = [(row["level"] + shift - 0.025 * span, value) for row in rows for value in row["values"].values() if value is not None]
+        axis.plot(*zip(*seeds, strict=True), linestyle="none", marker="o", markersize=2.2, color=color, alpha=0.55, markeredgewidth=0)
         low, high = (np.array([row[side] if row[side] is not None else row["value"] for row in rows]) for side in ("ci_low", "ci_high"))
-        # A percentile interval need not hold the value it belongs to; an error bar must not be negative.
-        errors = np.maximum([y - low, high - y], 0.0)
-        handles[architecture] = axis.errorbar(x, y, yerr=errors, color=color, marker=marker, markersize=3.6, linewidth=1.3,
-                                              elinewidth=0.9, capsize=1.8, capthick=0.9)  # fmt: skip
+        axis.vlines(x, low, high, color=color, linewidth=1.0)
+        (handles[architecture],) = axis.plot(x, y, color=color, marker=marker, markersize=3.6, linewidth=1.3)
         ends.append((y[-1], architecture, color))
     for label, value in panel.lines.items():
         style = ":" if "human" in label or "chance" in label else "-."
         handles[label] = axis.axhline(value, color=MUTED, linewidth=1.0, linestyle=style)
     axis.set_title(panel.title, fontsize=8, loc="left", pad=4)
-    axis.set_xlim((levels[0] if levels else 0) - 0.05 * span, (levels[-1] if levels else 1) + 0.05 * span)
+    axis.set_xlim((levels[0] if levels else 0) - 0.07 * span, (levels[-1] if levels else 1) + 0.05 * span)
     axis.set_xticks(levels if len(levels) <= 6 else levels[:: math.ceil(len(levels) / 6)], None)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_major_locator(MaxNLocator(6 if direct else 4, steps=[1, 2, 2.5, 5, 10]))
     _open_range(axis)
     if direct:
         _name_ends(axis, ends)
@@ -121,9 +122,13 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     for y, _, _ in ends:
         previous = max(y, previous + gap)
         places.append(previous)
-    over = max(0.0, places[-1] - high) if places else 0.0
+    if not ends:
+        return
+    # Stacking pushes names up: back, so that they stand around their points, and inside the panel.
+    shift = sum(y for y, _, _ in ends) / len(ends) - sum(places) / len(places)
+    shift = min(max(shift, low + gap / 3 - places[0]), high - gap / 3 - places[-1])
     for place, (_, label, color) in zip(places, ends, strict=True):
-        axis.annotate(label, (1.0, place - over), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+        axis.annotate(label, (1.0, place + shift), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
                       color=color, fontsize=7.5, va="center", annotation_clip=False)  # fmt: skip
 
 
@@ -218,7 +223,7 @@ def _grid(count: int, columns: int, inches: tuple[float, float], right: float = 
     columns = min(columns, max(1, count))
     rows = math.ceil(max(1, count) / columns)
     between = gap if gap is not None else 0.48 + max(0.0, right - 0.18)
-    top, bottom, row_gap = 0.58, 0.45, 0.42
+    top, bottom, row_gap = 0.6, 0.47, 0.56
     width = left + columns * inches[0] + (columns - 1) * (between - 0.48 if gap is None else gap) + right
     panel = (width - left - right - (columns - 1) * between) / columns
     height = top + bottom + rows * (inches[1] - row_gap) + (rows - 1) * row_gap
@@ -251,11 +256,19 @@ def _picture(figure: Any, name: str, caption: str) -> Picture:
     return Picture(name, caption, themed(drawing.getvalue()), image.getvalue(), (round(width * 96), round(height * 96)))
 
 
+_NAMED = re.compile(r' id="(?:text|line2d|[xy]tick|patch|axes|figure|matplotlib|LineCollection|FillBetween|PolyCollection|legend)[^"]*"')
+
+
 def themed(svg: str) -> str:
-    """The drawing with its colors as variables that change with the reader's light or dark preference."""
+    """The drawing with its colors as variables that change with the reader's light or dark preference, and half as long."""
+    body = svg[svg.index("<svg") :]
+    # Hundredths of a point are enough; but the label 0.025 must stay what it is, so inside of tags only.
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)
+    body = re.sub(r' transform="rotate\(-0[^"]*"', "", _NAMED.sub("", body))
+    body = re.sub(r"font-family: 'DejaVu Sans';? ?", "", re.sub(r">\s+<", "><", body))
     names = {color: f"--c{place}" for place, color in enumerate(DARK)}
-    body = re.sub("|".join(DARK), lambda match: f"var({names[match[0].lower()]},{match[0]})", svg[svg.index("<svg") :], flags=re.IGNORECASE)
+    body = re.sub("|".join(DARK), lambda match: f"var({names[match[0].lower()]})", body, flags=re.IGNORECASE)
     light = ";".join(f"{names[color]}:{color}" for color in DARK)
     dark = ";".join(f"{names[color]}:{other}" for color, other in DARK.items())
-    style = f"<style>svg{{{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    style = f"<style>text{{font-family:{FONTS}}}svg{{{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
     return re.sub(r"(<svg[^>]*>)", lambda match: match[1] + style, body, count=1)

@@ -31,10 +31,13 @@ def render(analysis: "Analysis", pictures: Sequence[Picture], samples: dict[str,
     """The page."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters |= {"number": number, "interval": lambda row: bracket(*row)}
+    environment.filters |= {"number": number, "interval": lambda row: bracket(*row), "p_value": p_value, "spread": spread}
     evaluation = analysis.evaluation
     seeds = sorted({cell.seed for cell in evaluation.cells if cell.seed is not None})
-    headline = {key: [item for item in analysis.trends if item.key == key] for key in HEADLINE}
+    found = {(item.key, item.architecture): item for item in analysis.trends}
+    headline = [(metric_title(key, None), [found.get((key, name)) for name in analysis.architectures])
+                for key in HEADLINE if any((key, name) in found for name in analysis.architectures)]  # fmt: skip
+    measured = [key for key in report_curves.STABILITY if any(row[key] is not None for row in analysis.stability)]
     values = {
         "name": evaluation.name, "made_at": utc_now(), "sentences": analysis.sentences, "judged": analysis.judged,
         "counts": {"cells": len(evaluation.cells), "architectures": len(analysis.architectures), "seeds": len(seeds)},
@@ -42,8 +45,8 @@ def render(analysis: "Analysis", pictures: Sequence[Picture], samples: dict[str,
         "incomplete": evaluation.incomplete, "problems": evaluation.problems,
         "arms": analysis.arms, "arm_keys": [(key, metric_title(key, None)) for key in ARM_KEYS],
         "arm_count": len({line["group"].arm for line in analysis.arms}),
-        "stability": analysis.stability, "stability_keys": report_curves.STABILITY,
-        "headline_trends": [(metric_title(key, None), item) for key, items in headline.items() for item in items],
+        "stability": analysis.stability, "stability_keys": {key: report_curves.STABILITY[key] for key in measured},
+        "headline_trends": headline, "architectures": analysis.architectures,
         "settings": settings_rows(evaluation), "versions": package_versions(),
     }  # fmt: skip
     figures = [{"name": picture.name, "caption": picture.caption, "width": picture.size[0], "height": picture.size[1],
@@ -66,7 +69,17 @@ def _shown(value: Any) -> Any:
 
 
 def number(value: float | None, sign: str = "") -> str:
-    return "\N{EN DASH}" if value is None else f"{value:{sign}.3g}".replace("-", MINUS)
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{value if abs(value) > 1e-12 else 0:{sign}.3g}".replace("-", MINUS)  # below that it is rounding
+
+
+def spread(value: float) -> str:
+    return f"{value if abs(value) > 1e-12 else 0:.2g}"
+
+
+def p_value(value: float | None) -> str:
+    return "no p" if value is None else "p < .001" if value < 0.001 else f"p = {value:.3f}".replace(" 0.", " .")
 
 
 TREND_COLUMNS = ["metric", "where", "architecture", "levels", "seeds", "rho", "low", "high", "p", "shape", "reversals", "test"]

@@ -39,31 +39,34 @@ def read_lines(cell: Cell, problems: list[str]) -> Iterable[dict[str, Any]]:
     """Records of samples.jsonl; lines that are cut off or broken are named in `problems` and left out."""
     if not cell.samples.exists():
         return
+    broken = 0
     with open(cell.samples, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line.decode("utf-8", errors="replace"))
                 (record["prompt"], record["decoding"], record["sample"], record["text"])
             except (ValueError, KeyError, TypeError):
-                cut = "cut off" if not line.endswith(b"\n") else "broken"
-                problems.append(f"cell {cell.id}: {cell.samples} line {number} is {cut}: that sample is left out")
+                broken += 1
+                if broken == 1:  # the first one tells where to look; a file of noise must not fill the page
+                    cut = "cut off" if not line.endswith(b"\n") else "broken"
+                    problems.append(f"cell {cell.id}: {cell.samples} line {number} is {cut}: that sample is left out")
                 continue
             yield record
+    if broken > 1:
+        problems.append(f"cell {cell.id}: {cell.samples} has {broken} broken lines in all")
 
 
 def collect(evaluation: Evaluation) -> dict[str, Any]:
-    """{"prompts": {index: text}, "cells": [...], "texts": [[cell, decoding, prompt, text, finish]], "left_out": count}.
+    """{"prompts": {index: text}, "human": {index: text}, "cells": [...], "texts": [[cell, decoding, prompt, text, finish]]}.
 
     The first sample of each prompt and decoding; as many prompts, evenly spread, as the budget allows for all cells.
     """
     firsts: dict[int, dict[tuple[str, int], dict[str, Any]]] = {}
-    total = 0
     for place, cell in enumerate(evaluation.cells):
         own = firsts.setdefault(place, {})
         for record in read_lines(cell, evaluation.problems):
-            total += 1
             if record["sample"] == 0:
-                own[str(record["decoding"]), int(record["prompt"])] = {name: record.get(name) for name in ("text", "finish", "seed")}
+                own[str(record["decoding"]), int(record["prompt"])] = {name: record.get(name) for name in ("text", "finish")}
     chosen = _choose(firsts)
     texts = [
         [place, decoding, prompt, _shown(record["text"]), record["finish"]]
@@ -71,8 +74,8 @@ def collect(evaluation: Evaluation) -> dict[str, Any]:
     ]  # fmt: skip
     cells = [{"id": cell.id, "architecture": cell.architecture, "arm": cell.arm, "level": cell.level, "seed": cell.seed}
              for cell in evaluation.cells]  # fmt: skip
-    prompts = {str(index): _shown(text) for index, text in _prompts(evaluation.cells).items() if index in chosen}
-    return {"prompts": prompts, "cells": cells, "texts": texts, "total": total}
+    prompts, human = ({str(index): _shown(text) for index, text in read.items() if index in chosen} for read in _prompts(evaluation.cells))
+    return {"prompts": prompts, "human": human, "cells": cells, "texts": texts}
 
 
 def _shown(text: Any) -> str:
@@ -94,17 +97,17 @@ def _choose(firsts: dict[int, dict[tuple[str, int], dict[str, Any]]]) -> set[int
     return {prompts[place * len(prompts) // count] for place in range(count)}
 
 
-def _prompts(cells: Iterable[Cell]) -> dict[int, str]:
-    """Text of each prompt, where a cell's prompts.jsonl tells it."""
-    texts: dict[int, str] = {}
-    for cell in cells:
-        path = cell.folder / "prompts.jsonl"
-        if not path.exists() or texts:
-            continue
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                texts[int(record["index"])] = str(record["text"])
-            except (ValueError, KeyError, TypeError):
-                continue  # a prompt that cannot be shown; its continuations still are
-    return texts
+def _prompts(cells: Iterable[Cell]) -> tuple[dict[int, str], dict[int, str]]:
+    """Text of each prompt, and how a human went on, from the first prompts.jsonl of a cell; all cells share them."""
+    path = next((cell.folder / "prompts.jsonl" for cell in cells if (cell.folder / "prompts.jsonl").exists()), None)
+    prompts: dict[int, str] = {}
+    human: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path else ():
+        try:
+            record = json.loads(line)
+            prompts[int(record["index"])] = str(record["text"])
+            if record.get("reference_text"):
+                human[int(record["index"])] = str(record["reference_text"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a prompt that cannot be shown; its continuations still are
+    return prompts, human

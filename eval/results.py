@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cell import SAMPLES
 from .records import Measured, Prompt, Sample, ScoringContext, Task, jackknife_units
-from .suite import REFERENCE
+from .suite import REFERENCE, Suite
 from .work import Records
 
 SCORES_VERSION = 1
@@ -13,30 +14,44 @@ GAP = "memorization_gap"
 
 
 def all_measured(tasks: Sequence[Task], records: Mapping[str, Records], scratch: Path, context: ScoringContext,
-                 prompts: Sequence[Prompt], metrics: Sequence[str] | None) -> list[Measured]:  # fmt: skip
+                 prompts: Sequence[Prompt], suite: Suite) -> list[Measured]:  # fmt: skip
     """The figures of all tasks, in order; then those of the human continuations, and the memorization gap."""
     measured: list[Measured] = []
     for task in tasks:
-        measured += task.measure(records[task.name], scratch / task.name)
-    measured += reference_measured(prompts, context, metrics)
+        if task.name == SAMPLES:
+            measured += samples_measured(list(map(Sample.from_dict, records[SAMPLES])), context, suite.metrics)
+        else:
+            measured += task.measure(records[task.name], scratch / task.name)
+    measured += samples_measured(reference_samples(prompts, suite.max_new_tokens), context, suite.metrics)
     gap = memorization_gap(measured)
     return measured if gap is None else [*measured, gap]
 
 
-def reference_samples(prompts: Sequence[Prompt]) -> list[Sample]:
-    """The human continuations, as if they had been generated."""
+def reference_samples(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Sample]:
+    """The human continuations, as if they had been generated; one that is shorter than the cap has ended by itself."""
     return [
-        Sample(prompt.index, REFERENCE, 0, 0, list(prompt.reference_ids), prompt.reference_text or "", "length")
+        Sample(prompt.index, REFERENCE, 0, 0, list(prompt.reference_ids), prompt.reference_text or "",
+               "length" if len(prompt.reference_ids) >= max_new_tokens else "eos")
         for prompt in prompts if prompt.reference_ids
     ]  # fmt: skip
 
 
-def reference_measured(prompts: Sequence[Prompt], context: ScoringContext, metrics: Sequence[str] | None) -> list[Measured]:
-    """The metrics of samples on the human continuations: what a model would show that wrote as people do."""
-    from .metrics.score_samples import score_samples
+def samples_measured(samples: Sequence[Sample], context: ScoringContext, metrics: Sequence[str] | None) -> list[Measured]:
+    """The metrics of samples, decoding by decoding; sentence structure too, unless single metrics were asked for.
 
-    samples = reference_samples(prompts)
-    return score_samples(samples, context, None if metrics is None else list(metrics)) if samples else []
+    Those of the human continuations (decoding "reference") are what a model would show that wrote as people do.
+    """
+    from .metrics.score_samples import score_samples
+    from .structure import structure_scores
+
+    measured: list[Measured] = []
+    for decoding in dict.fromkeys(sample.decoding for sample in samples):
+        chosen = sorted((sample for sample in samples if sample.decoding == decoding), key=lambda sample: sample.key)
+        measured += score_samples(chosen, context, None if metrics is None else list(metrics))
+        if metrics is None:
+            texts = [sample.text for sample in chosen if sample.finish != "non_finite"]
+            measured += structure_scores(texts, context.reference_texts, context.group_texts, decoding)
+    return measured
 
 
 def memorization_gap(measured: Sequence[Measured]) -> Measured | None:

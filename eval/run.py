@@ -85,12 +85,14 @@ def plan_cells(args: Any, suite: Suite, device_kind: str) -> list[Plan]:
         UserError: two cells of one id, a model that is not there, or a folder that holds other results.
     """
     from ds_stability.eval.cell import CellDir, cell_ids, file_sha, high_frequency_file, resolve_model
-    from ds_stability.eval.loading import fingerprint
-    from ds_stability.eval.texts import TextSource
-    from ds_stability.run_dir import RunDir
 
     models = [resolve_model(model) for model in args.models]
     ids = cell_ids(models, args.cell_names)
+    from ds_stability.eval.loading import fingerprint
+    from ds_stability.eval.tasks import files_fingerprint
+    from ds_stability.eval.texts import TextSource
+    from ds_stability.run_dir import RunDir
+
     if suite.downstream.tasks:
         from ds_stability.eval.downstream import check_downstream
 
@@ -102,7 +104,7 @@ def plan_cells(args: Any, suite: Suite, device_kind: str) -> list[Plan]:
         source = TextSource.of_run(manifest, str(run or f"--model {model.given}"), args.held_out_file, args.train_file)
         identity = {
             "suite": suite.fingerprint(), "seeds": list(args.seeds), "model": fingerprint(model.load),
-            "texts": source.fingerprint(), "prompts_file": file_sha(Path(suite.prompts.file) if suite.prompts.file else None),
+            "texts": source.fingerprint(), "task_files": files_fingerprint(suite),
             "high_frequency_set": file_sha(high_frequency_file(model, args.reference_file)), "device": device_kind,
         }  # fmt: skip
         plans.append(Plan(cell_id, model, source, identity, CellDir(args.output_dir, cell_id).check(identity)))
@@ -126,15 +128,14 @@ def evaluate(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any) -> Non
     from ds_stability.eval.work import merged, run_units
 
     cell, clock = CellDir(args.output_dir, plan.cell_id), Clock()
-    ranks.from_first(cell.lock)
+    if ranks.from_first(lambda: cell.take(plan.identity)):
+        return  # another process has finished it since
     try:
-        ranks.from_first(lambda: cell.begin(plan.identity))
         loaded = agree(lambda: load_model(plan.model.load, args, suite, place))
         frequent = agree(lambda: high_frequency(args.reference_file, loaded))
         texts = ranks.from_first(lambda: make_texts(plan.source, suite, loaded.tokenizer, loaded.vocab_size, loaded.context_length))
         context = scoring_context(loaded, frequent, texts) if place.works else None
-        synthetic = suite.synthetic is True or (suite.synthetic == "auto" and plan.source.is_synthetic)
-        tasks = agree(lambda: build_tasks(suite, loaded, texts, args.seeds, context, synthetic) if place.works else [])
+        tasks = agree(lambda: build_tasks(suite, loaded, texts, args, context, plan.source) if place.works else [])
         clock.lap("loading")
         run_units(tasks, cell.journal, cell.scratch, ranks, plan.cell_id, place.works)
         clock.lap("units")
@@ -144,7 +145,8 @@ def evaluate(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any) -> Non
         def finish() -> None:
             records = merged(tasks, cell.journal)
             cell.write_records(records, list(suite.parsed_decodings()))
-            measured = all_measured(tasks, records, cell.scratch, context, texts.prompts, suite.metrics) + downstream
+            cell.write_prompts(texts.prompts)
+            measured = all_measured(tasks, records, cell.scratch, context, texts.prompts, suite) + downstream
             scored = scores(plan.cell_id, measured, suite.bootstrap.resamples)
             clock.lap("measuring")
             cell.finish(describe_cell(plan, args, suite, ranks, place, texts.facts, clock.seconds), scored, measured)

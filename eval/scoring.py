@@ -1,9 +1,10 @@
 """Teacher-forced scores of a model on text: how surprised it is, how sure, how much it looks at what came before.
 
-A document becomes one stream of tokens, BOS (if the tokenizer has one) and then the text; the stream is cut into windows
-of `window` targets that do not overlap, so that every token is scored once. A window's first target is conditioned on the
-one token before it: BOS, or the last token of the window before. Without a BOS the first token of a document is not
-scored, and its bytes are not counted. No end token is scored: it has no bytes.
+A document becomes one stream of tokens, BOS (if the tokenizer writes one before a text by itself) and then the text; the
+stream is cut into windows of `window` targets that do not overlap, so that every token is scored once. A window's first
+target is conditioned on the one token before it: BOS, or the last token of the window before. Without a BOS the first
+token of a document is not scored, and its bytes are not counted; a BOS that the model never saw before a text (often the
+mark of a chat turn) would upset the window. No end token is scored: it has no bytes.
 
 rep/l and wrep/l: Welleck et al. 2020 (arXiv 1908.04319), section 6. Bits per byte: Gao et al. 2020, The Pile, section 3.1.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ds_stability.data.tokens import leading_ids
 from ds_stability.errors import UserError
 from ds_stability.loss import chunk_tokens, token_statistics
 from ds_stability.run_dir import write_atomic
@@ -45,11 +47,10 @@ class Window:
 
 def cut_windows(tokenizer: Any, documents: Sequence[str], window: int) -> Iterator[Window]:
     """The windows of all documents, in order. A document without a token that can be scored has none."""
-    bos = tokenizer.bos_token_id
+    prefix = leading_ids(tokenizer)
     for number, text in enumerate(documents):
         ids, sizes = encode_with_bytes(tokenizer, text)
-        stream = ids if bos is None else [bos, *ids]
-        shift = len(stream) - len(ids)  # stream[i] is ids[i - shift]
+        stream, shift = [*prefix, *ids], len(prefix)  # stream[i] is ids[i - shift]
         for index, start in enumerate(range(0, len(stream) - 1, window)):
             stop = min(start + window, len(stream) - 1)
             num_bytes = None if sizes is None else sum(sizes[start + 1 - shift : stop + 1 - shift])
@@ -77,10 +78,8 @@ def encode_with_bytes(tokenizer: Any, text: str) -> tuple[list[int], list[int] |
 def padded_logits(loaded: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits [B, T, V] of `rows`, padded on the right to the longest; positions beyond a row's end mean nothing."""
     length = max(map(len, rows))
-    device = loaded.model.device
-    pad = 0 if loaded.pad_id is None else loaded.pad_id
-    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    ids = torch.tensor([[*row, *[loaded.pad_id] * (length - len(row))] for row in rows], device=loaded.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=loaded.device)
     return loaded.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 

@@ -9,6 +9,7 @@ sentence end, which divides *all* words by the ends, and the share of texts with
 Samples and references should be about equally long: the longer a sentence, the more often a cut-off text loses it.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -91,7 +92,8 @@ def total_variation(first: Counter, second: Counter) -> float | None:
     """Half the sum of |p - q| over all outcomes, in 0..1; None if one of the two is empty."""
     if not first.total() or not second.total():
         return None
-    return 0.5 * sum(abs(first[key] / first.total() - second[key] / second.total()) for key in first.keys() | second.keys())
+    # fsum: exact, so that the order of a set of strings, which differs from process to process, does not matter.
+    return 0.5 * math.fsum(abs(first[key] / first.total() - second[key] / second.total()) for key in first.keys() | second.keys())
 
 
 def wasserstein(first: Counter[int], second: Counter[int]) -> float | None:

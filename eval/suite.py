@@ -43,7 +43,7 @@ def _names(value: Any) -> list[str] | None:
 
 
 def _list(value: Any) -> list[str]:
-    if value is None:
+    if not isinstance(value, list):
         raise InvalidValue("", value, "a list of names ([] for none)")
     return _names(value)
 
@@ -102,7 +102,7 @@ class ExactMatchConfig(_Section):
     task: _Text = Field(description="file of a generative task, or the name of one in eval/suites/tasks")
     samples: Annotated[int, Field(ge=1, le=1000)] = Field(8, description="samples of an item")
     limit: _Count | None = Field(None, description="items at most; null = all")
-    max_new_tokens: _Count | None = Field(None, description="tokens of an answer at most; null = what the task says")
+    max_new_tokens: _Count | None = Field(None, description="tokens of an answer at most; null = 16")
 
 
 class BootstrapConfig(_Section):
@@ -165,18 +165,25 @@ class Suite(_Section):
         Raises:
             UserError: one line with the key, the value and what is allowed.
         """
+        if not isinstance(block, dict):
+            raise UserError(f"{source}: holds {show_value(block)}; a suite is a mapping with any of the keys "
+                            f"{', '.join(cls.model_fields)}")
         try:
             suite = cls.model_validate(block)
         except ValidationError as error:
-            raise UserError(translate(error, cls, f"{source}:").replace(":.", ": ")) from None
+            raise UserError(_wrong(error, source)) from None
         return suite._located(source, base)._checked(source)
 
     def _located(self, source: str, base: Path | None) -> "Suite":
         """With absolute paths: a suite means the same wherever it is read again."""
-        if base is None or self.prompts.file is None:
+        if base is None:
             return self
-        prompts = self.prompts.model_copy(update={"file": str((base / self.prompts.file).resolve())})
-        return self.model_copy(update={"prompts": prompts})
+        update: dict[str, Any] = {}
+        if self.prompts.file is not None:
+            update["prompts"] = self.prompts.model_copy(update={"file": str((base / self.prompts.file).resolve())})
+        if self.exact_match is not None and (base / self.exact_match.task).is_file():
+            update["exact_match"] = self.exact_match.model_copy(update={"task": str((base / self.exact_match.task).resolve())})
+        return self.model_copy(update=update)
 
     def _checked(self, source: str) -> "Suite":
         if (self.prompts.source == "file") != (self.prompts.file is not None):
@@ -220,13 +227,20 @@ class Suite(_Section):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _wrong(error: ValidationError, source: str) -> str:
+    kinds = {problem["type"]: problem["loc"] for problem in error.errors(include_url=False)}
+    if "missing" in kinds and "extra_forbidden" not in kinds:  # a misspelled key is why another one is missing
+        return f"{source}: {'.'.join(map(str, kinds['missing']))} is missing; give it a value"
+    return translate(error, Suite, f"{source}:").replace(":.", ": ")
+
+
 def describe() -> list[KeyInfo]:
     """Every key of a suite in order, with default, what is allowed and its meaning."""
     return list(describe_model(Suite))
 
 
 def _check_metrics(names: list[str], source: str) -> None:
-    from .metrics.score_samples import METRIC_NAMES
+    from .metrics import METRIC_NAMES
 
     for index, name in enumerate(names):
         if name not in METRIC_NAMES:

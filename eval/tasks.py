@@ -1,6 +1,9 @@
 """What a cell needs to be worked on: the model on its device, the tasks of a suite, and downstream tasks."""
 
 import dataclasses
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +12,11 @@ from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.data.tokenizer import tokenizer_hash
 from ds_stability.errors import UserError
 
-from .cell import CellDir
+from .cell import CellDir, file_sha
 from .ranks import Ranks
 from .records import Measured, ScoringContext, Task
 from .suite import Suite
-from .texts import Texts
+from .texts import Texts, TextSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,16 @@ def find_place(ranks: Ranks, gpus_per_model: int) -> Place:
         raise UserError(f"--gpus_per_model {gpus_per_model}: does not divide the {torch.cuda.device_count()} GPUs of this machine")
     kind = torch.cuda.get_device_name(ranks.local_rank)
     return Place(f"cuda:{ranks.local_rank}", kind, ranks.local_rank % gpus_per_model == 0)
+
+
+def files_fingerprint(suite: Suite) -> str:
+    """sha256 (hex) of the files that a suite names: prompts, and the items of its exact-match task."""
+    content: list[Any] = [file_sha(None if suite.prompts.file is None else Path(suite.prompts.file))]
+    if suite.exact_match is not None:
+        from .exact_match import load_items
+
+        content += [dataclasses.astuple(item) for item in load_items(suite.exact_match.task)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def load_model(path: str, args: Any, suite: Suite, place: Place) -> Any:
@@ -68,19 +81,19 @@ def scoring_context(loaded: Any, frequent: HighFrequencySet | None, texts: Texts
     )
 
 
-def build_tasks(suite: Suite, loaded: Any, texts: Texts, seeds: list[int], context: ScoringContext, synthetic: bool) -> list[Task]:
+def build_tasks(suite: Suite, loaded: Any, texts: Texts, args: Any, context: ScoringContext, source: TextSource) -> list[Task]:
     """The tasks of a cell, in the order of their units; see records.Task."""
-    from .generation import Generator
+    from .backends import make_backend
     from .generation_task import GenerationTask
     from .minimal_pairs import MinimalPairsTask
     from .scoring import ScoringTask
 
-    generator = Generator(loaded.model, loaded.eos_ids, loaded.pad_id)
-    tasks: list[Task] = []
     decodings = list(suite.parsed_decodings().values())
+    generator = make_backend(suite.backend, loaded, decodings, args.gpus_per_model, args.trust_remote_code)
+    tasks: list[Task] = []
     if decodings:
-        tasks.append(GenerationTask(generator, loaded.tokenizer, list(texts.prompts), decodings, seeds, suite.samples_per_prompt,
-                                    suite.max_new_tokens, suite.batch_size, context))  # fmt: skip
+        tasks.append(GenerationTask(generator, loaded.tokenizer, list(texts.prompts), decodings, args.seeds,
+                                    suite.samples_per_prompt, suite.max_new_tokens, suite.batch_size, context))  # fmt: skip
     for split, documents, windows in (("held_out", texts.held_out, suite.text.held_out_windows),
                                       ("train", texts.train, suite.text.train_windows)):  # fmt: skip
         if documents and windows:
@@ -88,7 +101,33 @@ def build_tasks(suite: Suite, loaded: Any, texts: Texts, seeds: list[int], conte
                                      context.high_frequency_ids))  # fmt: skip
     if suite.minimal_pairs.enabled:
         tasks.append(MinimalPairsTask(loaded, suite.minimal_pairs.per_phenomenon, suite.batch_size))
+    if suite.exact_match is not None:
+        tasks.append(_exact_match(suite, generator, loaded, args.seeds))
+    if suite.synthetic is True or (suite.synthetic == "auto" and source.is_synthetic):
+        tasks.append(_synthetic(suite, loaded, source))
     return tasks
+
+
+def _exact_match(suite: Suite, generator: Any, loaded: Any, seeds: list[int]) -> Task:
+    from .exact_match import MAX_NEW_TOKENS, ExactMatchTask, load_items
+
+    asked = suite.exact_match
+    return ExactMatchTask(generator, loaded.tokenizer, load_items(asked.task, asked.limit), seeds, samples=asked.samples,
+                          max_new_tokens=asked.max_new_tokens or MAX_NEW_TOKENS, batch_size=suite.batch_size,
+                          context_length=loaded.context_length, source=Path(asked.task).stem)  # fmt: skip
+
+
+def _synthetic(suite: Suite, loaded: Any, source: TextSource) -> Task:
+    from ds_stability.data.synthetic import SyntheticLanguage
+
+    from .synthetic_scores import SyntheticSettings, SyntheticTask, training_sentences
+
+    if not source.is_synthetic:
+        raise UserError(f"{source.where}: was not trained on builtin:synthetic, and suite {suite.name} has synthetic: true; give a "
+                        "run that was, or set it to auto or false")  # fmt: skip
+    language = SyntheticLanguage(seed=source.spec.synthetic_seed)
+    settings = SyntheticSettings(batch_size=suite.batch_size)
+    return SyntheticTask(loaded, language, training_sentences(source.spec, language, source.trained_tokens), settings)
 
 
 def run_downstream(suite: Suite, loaded: Any, cell: CellDir, ranks: Ranks, gpus_per_model: int) -> list[Measured]:

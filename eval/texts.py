@@ -208,7 +208,8 @@ def _prompts(suite: Suite, held_out: list[str], tokenizer: Any) -> tuple[list[Pr
     if held_out:
         cut = cut_prompts(held_out, tokenizer, suite.prompts.count, suite.prompts.tokens, suite.max_new_tokens)
     if suite.prompts.source == "file":
-        return prompts_from_file(suite.prompts.file, tokenizer, suite.prompts.count), cut.prompts + cut.others
+        prompts = prompts_from_file(suite.prompts.file, tokenizer, suite.prompts.count, suite.max_new_tokens)
+        return prompts, cut.prompts + cut.others
     # Too few windows left over would be another sample size: then the prompts' own continuations stand for human text.
     return cut.prompts, cut.others if 2 * len(cut.others) >= len(cut.prompts) else []
 

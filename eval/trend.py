@@ -31,8 +31,8 @@ class Reversal:
         return self.ci_low is not None and (self.ci_low > 0 or self.ci_high < 0)
 
     def __str__(self) -> str:
-        bounds = f" [{self.ci_low:+.3g}, {self.ci_high:+.3g}]" if self.ci_low is not None else ""
-        return f"{self.low_level:g} to {self.high_level:g}: {self.difference:+.3g}{bounds}"
+        bounds = f" [{self.ci_low:+.2g}, {self.ci_high:+.2g}]" if self.ci_low is not None else ""
+        return f"{self.low_level:g} to {self.high_level:g}: {self.difference:+.2g}{bounds}".replace("-", "\N{MINUS SIGN}")
 
 
 @dataclass

@@ -17,6 +17,7 @@ the value over seeds lies within it; where its interval does not, the figures sa
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,7 @@ def _side(low: float | None, high: float | None, sign: int) -> bool:
 
 def _t_note(row: dict[str, Any]) -> str:
     low, high = row["difference_t_low"], row["difference_t_high"]
-    return "" if low is None else f", t-interval [{low:+.2g}, {high:+.2g}]".replace("-", MINUS)
+    return "" if low is None else ", t " + bracket(row["difference"], low, high, "+").split(" ", 1)[1]
 
 
 def _judge_bound(prediction: Prediction, facts: Facts, architecture: str, arm: str | None) -> tuple[str, str]:
@@ -208,9 +209,11 @@ def bracket(value: float | None, low: float | None, high: float | None, sign: st
     """"2.31 [2.20, 2.44]", or what there is of it."""
     if value is None:
         return "no value"
-    digits = f"{sign}.3g" if abs(value) >= 0.1 or value == 0 else f"{sign}.2g"
-    bounds = f" [{low:{digits}}, {high:{digits}}]" if low is not None else " (no interval)"
-    return f"{value:{digits}}{bounds}".replace("-", MINUS)
+    if low is None or high is None:
+        return f"{value:{sign}.3g} (no interval)".replace("-", MINUS)
+    # Two significant digits of the interval's width: more would be noise.
+    decimals = min(5, max(0, 1 - math.floor(math.log10(high - low)))) if high - low > 1e-12 else 3
+    return f"{value:{sign}.{decimals}f} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]".replace("-", MINUS)
 
 
 def arms_table(facts: Facts, keys: Sequence[Key]) -> list[dict[str, Any]]:
@@ -222,8 +225,17 @@ def arms_table(facts: Facts, keys: Sequence[Key]) -> list[dict[str, Any]]:
         if group.arm.startswith(UNTOUCHED) or not any(row and row["difference"] is not None for row in found.values()):
             continue
         entropy, share = facts.rows.get((ENTROPY, group)), facts.rows.get((HIGH_FREQUENCY, group))
-        lines.append({"group": group, "rows": found, "concentrates": concentration(entropy, share)})
+        own = facts.rows.get((ENTROPY, group._replace(arm=facts.main_arm or "")))
+        lines.append({"group": group, "rows": found, "concentrates": concentration(entropy, share), "relative": _relative(entropy, own)})
     return lines
+
+
+def _relative(row: dict[str, Any] | None, reference: dict[str, Any] | None) -> float | None:
+    """A change of entropy as a share of the dose-response arm's at the same level; None where that changes nothing."""
+    if not row or not reference or row["difference"] is None or reference["difference_low"] is None:
+        return None
+    changes = _side(reference["difference_low"], reference["difference_high"], -1) or _side(reference["difference_low"], reference["difference_high"], 1)
+    return row["difference"] / reference["difference"] if changes else None
 
 
 def concentration(entropy: dict[str, Any] | None, share: dict[str, Any] | None) -> str:

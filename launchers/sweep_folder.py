@@ -50,8 +50,8 @@ class SweepFolder:
     def lock(self, name: str) -> int | None:
         return try_lock(self.path / "locks" / f"{name}.lock")
 
-    def write_manifest(self, plan: Plan) -> dict[str, list[str]]:
-        """Write sweep.json; {"kept": ids, "new": ids, "removed": ids} against the one that was there."""
+    def write_manifest(self, plan: Plan) -> tuple[list[str], list[str], list[str]]:
+        """Write sweep.json; (kept, new, removed) ids of cells, against the one that was there."""
         before = self._read_manifest()
         entries = [cell_entry(cell) for cell in plan.cells]
         now = {entry["id"] for entry in entries}
@@ -62,7 +62,7 @@ class SweepFolder:
             "evaluate": plan.evaluate, "removed": removed,
         })  # fmt: skip
         earlier = {entry["id"] for entry in before.get("cells", [])}
-        return {"kept": sorted(now & earlier), "new": sorted(now - earlier), "removed": sorted(earlier - now)}
+        return sorted(now & earlier), sorted(now - earlier), sorted(earlier - now)
 
     def _read_manifest(self) -> dict[str, Any]:
         if not self.manifest.exists():
@@ -74,14 +74,23 @@ class SweepFolder:
         except ValueError:
             raise UserError(f"{self.manifest}: is no JSON; move it away, and start the sweep again") from None
 
+    def newest_log(self, cell: Cell) -> Path | None:
+        """The log of a cell's last attempt; None before the first."""
+        number = self._attempts_at(cell)
+        return self.log(cell, number) if number else None
+
+    def _attempts_at(self, cell: Cell) -> int:
+        return sum(row["event"] == "start" and row["cell"] == cell.id for row in self.read_attempts())
+
     def begin_attempt(self, cell: Cell, resumed_from: int | None) -> int:
         """Record an attempt at a cell (whose lock is held); its number, from 1."""
-        number = 1 + sum(row["event"] == "start" and row["cell"] == cell.id for row in self.read_attempts())
+        number = 1 + self._attempts_at(cell)
         self._append({"event": "start", "cell": cell.id, "attempt": number, "resumed_from": resumed_from})
         return number
 
     def end_attempt(self, cell: Cell, number: int, outcome: str, seconds: float, code: int | None = None) -> None:
-        """outcome: done, failed, or interrupted. An attempt that was killed with its sweep has no end."""
+        """outcome: done, failed, interrupted, or refused (another process has the folder). An attempt whose sweep was killed
+        has no end."""
         self._append({"event": "end", "cell": cell.id, "attempt": number, "outcome": outcome, "exit_code": code,
                       "seconds": round(seconds, 1)})  # fmt: skip
 

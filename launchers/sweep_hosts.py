@@ -4,15 +4,17 @@ Success of a training is its DONE file, not an exit code: DeepSpeed on CPU now a
 done.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ds_stability.errors import UserError
 
@@ -30,16 +32,6 @@ class Hosts:
 
     processes: int
     hostfile: str | None = None
-
-    @classmethod
-    def of(cls, num_gpus: int | None, hostfile: str | None) -> "Hosts":
-        if hostfile is None:
-            return cls(num_gpus or default_processes())
-        slots = count_slots(hostfile)
-        if num_gpus is not None and num_gpus != slots:
-            raise UserError(f"--hostfile {hostfile} has {slots} slots and num_gpus is {num_gpus}; leave num_gpus out, or give "
-                            "the same number")  # fmt: skip
-        return cls(slots, os.path.abspath(hostfile))
 
     def command(self, script: Path, words: Sequence[str], port: int) -> list[str]:
         where = ["--hostfile", self.hostfile] if self.hostfile else ["--num_gpus", str(self.processes)]
@@ -66,11 +58,51 @@ def count_slots(hostfile: str) -> int:
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM came; like KeyboardInterrupt no Exception, so that nothing takes it for a failed cell."""
+    """SIGINT, SIGTERM or SIGHUP came; no Exception, as KeyboardInterrupt is none: a handler must not take it for a failure."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
         self.exit_code = 128 + signum
+
+
+class _Signals:
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    caught: int | None = None
+    shielded = False
+
+    def handle(self, signum: int, frame: Any) -> None:
+        for kind in self.kinds:
+            signal.signal(kind, signal.SIG_IGN)  # a second one must not disturb the ending of the children
+        self.caught = signum
+        if not self.shielded:
+            raise Interrupted(signum)
+
+
+_signals = _Signals()  # a process has one set of signal handlers
+
+
+@contextlib.contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted, once."""
+    _signals.caught = None
+    before = {kind: signal.signal(kind, _signals.handle) for kind in _signals.kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """Let Interrupted wait until the end of the block: between fork and the return of Popen nobody knows the child."""
+    _signals.shielded = True
+    try:
+        yield
+    finally:
+        _signals.shielded = False
+    if _signals.caught is not None:
+        raise Interrupted(_signals.caught)
 
 
 def run_script(hosts: Hosts, script: Path, words: Sequence[str], log: Path,
@@ -81,19 +113,22 @@ def run_script(hosts: Hosts, script: Path, words: Sequence[str], log: Path,
     SIGKILL of this process. However this function is left, no process of the script is left on this machine.
 
     Args:
-        watch: called every POLL_SECONDS; True once the script has done its work and may be ended after TEARDOWN_SECONDS.
+        watch: called every POLL_SECONDS; True once the script has done its work, and may be ended after TEARDOWN_SECONDS.
         keep_open: descriptors of locks that the launcher holds as well.
     """
     port = free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
+    process = None
     with open(log, "wb") as stream:
-        process = subprocess.Popen(hosts.command(script, words, port), stdout=stream, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL, env=environment(), start_new_session=True,
-                                   pass_fds=tuple(keep_open))  # fmt: skip
         try:
+            with _shielded():
+                process = subprocess.Popen(hosts.command(script, words, port), stdout=stream, stderr=subprocess.STDOUT,
+                                           stdin=subprocess.DEVNULL, env=environment(), start_new_session=True,
+                                           pass_fds=tuple(keep_open))  # fmt: skip
             ended = _wait(process, watch)
         finally:
-            end_session(process)
+            if process is not None:
+                end_session(process)
             remove_shared_memory(port)
     return process.returncode if ended else None
 

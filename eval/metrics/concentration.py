@@ -11,13 +11,12 @@ import numpy as np
 
 from ..records import Measured
 from . import TOP_K
-from .layout import Layout
+from .layout import SELF_NOTE, Layout
 from .ngrams import raw_keys
 from .pools import PoolCounts, Pools, pooled
 
 ALPHA = 0.01  # pseudo-counts per token of the vocabulary, whatever n: ALPHA / V^(n - 1) per n-gram
 COVERAGE_N = 2
-SELF_NOTE = "the references measured against themselves"
 
 
 def measure_shares(layout: Layout) -> list[Measured]:
@@ -25,7 +24,8 @@ def measure_shares(layout: Layout) -> list[Measured]:
     context, special = layout.context, np.asarray(layout.context.special_ids, dtype=np.int64)
     rows = []
     if context.high_frequency_ids is None:
-        rows.append(layout.null("high_frequency_share", "no high-frequency set: the model's folder has none; give --reference_file"))
+        missing = "no high-frequency set: the model's folder has none; give --reference_file"
+        rows.append(layout.null("high_frequency_share", missing))
     else:
         ids = np.setdiff1d(np.asarray(context.high_frequency_ids, dtype=np.int64), special)
         rows.append(_share(layout, "high_frequency_share", ids, {"set_size": len(ids)}))
@@ -127,7 +127,8 @@ def measure_divergence(layout: Layout, pools: Pools) -> list[Measured]:
     for n, name in ((1, "kl_unigram"), (2, "kl_bigram")):
         reference, source = reference_grams(layout, n, pools.base)
         if reference is None:
-            rows += [layout.null(name + tail, f"no {n}-grams to compare with: give references", unit="nats") for tail in ("", "_reverse")]
+            missing = f"no {n}-grams to compare with: give references"
+            rows += [layout.null(name + tail, missing, unit="nats") for tail in ("", "_reverse")]
             continue
         settings = {"n": n, "reference": source, "alpha": ALPHA, "pseudo_counts": reference.alpha * reference.cells}
         for direction, tail in enumerate(("", "_reverse")):
@@ -150,6 +151,6 @@ def _coverage(layout: Layout, pools: Pools) -> Measured:
 
 
 def _about_self(layout: Layout, row: Measured) -> Measured:
-    if layout.decoding == "reference" and row.value is not None:
+    if layout.is_reference and row.value is not None:
         row.note = "; ".join(filter(None, [row.note, SELF_NOTE]))
     return row

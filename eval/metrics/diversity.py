@@ -39,7 +39,8 @@ def measure_distinct(layout: Layout, grams: list[tuple[np.ndarray, np.ndarray]])
     group, first_texts = token_groups(layout)
     rows = []
     for n, (positions, numbers) in enumerate(grams, start=1):
-        name, settings = f"distinct_{n}", {"n": n, "group_tokens": layout.group_tokens, "groups": len(first_texts)}
+        name = f"distinct_{n}"
+        settings = {"n": n, "group_tokens": layout.group_tokens, "groups": len(first_texts), "size_from": layout.size_from}
         owner = group[positions]
         inside = (owner >= 0) & (owner == group[positions + n - 1])
         if not inside.any():
@@ -68,7 +69,7 @@ def measure_compression(layout: Layout) -> list[Measured]:
     data = [encode(layout.samples[i].text) + b"\n" for i in order]
     ends, stream = np.cumsum([len(text) for text in data]), b"".join(data)
     groups = len(stream) // size
-    settings = {"group_bytes": size, "groups": groups, "gzip_level": GZIP_LEVEL}
+    settings = {"group_bytes": size, "groups": groups, "gzip_level": GZIP_LEVEL, "size_from": layout.size_from}
     if not groups:
         return [layout.null(name, f"{len(stream)} bytes of text, fewer than the {size} of a group", unit="ratio",
                             settings=settings)]  # fmt: skip

@@ -20,6 +20,7 @@ import numpy as np
 from ..records import Measured, Sample, ScoringContext, jackknife_units
 from .ngrams import Corpus
 
+SELF_NOTE = "the references measured against themselves"
 MAX_FOLDS = 20
 SUBSAMPLE_TEXTS = 500
 
@@ -73,16 +74,35 @@ class Layout:
 
     @cached_property
     def text_tokens(self) -> int:
-        """Tokens of a usual text: the references' median, else the median of the texts themselves; at least 1."""
-        lengths = self.references.lengths if len(self.references.lengths) else self.corpus.lengths
+        """Tokens of a usual text: the references' median. Without references that of the texts that hit the length cap, else
+        of all texts, which then depends on the model (settings' `size_from` says so). At least 1."""
+        lengths = self.references.lengths
+        if not len(lengths):
+            lengths = self.corpus.lengths[self._usual]
         return max(1, int(np.median(lengths))) if len(lengths) else 1
 
     @cached_property
     def text_bytes(self) -> int:
         """The same in bytes of UTF-8."""
-        texts = self.context.reference_texts or [sample.text for sample in self.samples]
+        texts = self.context.reference_texts or [self.samples[i].text for i in self._usual]
         lengths = [len(encode(text)) for text in texts]
         return max(1, int(np.median(lengths))) if lengths else 1
+
+    @cached_property
+    def _usual(self) -> np.ndarray:
+        capped = np.flatnonzero([sample.finish == "length" for sample in self.samples])
+        return capped if len(capped) else np.arange(len(self.samples))
+
+    @property
+    def size_from(self) -> str:
+        """Where the sizes of groups and pools come from, for settings."""
+        return "references" if self.context.reference_ids and self.context.reference_texts else "the texts"
+
+    @cached_property
+    def is_reference(self) -> bool:
+        """Whether these texts are among the references themselves."""
+        references = set(map(tuple, self.context.reference_ids))
+        return self.decoding == "reference" and any(tuple(sample.token_ids) in references for sample in self.samples)
 
     @property
     def group_texts(self) -> int:

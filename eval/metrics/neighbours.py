@@ -9,8 +9,7 @@ Kynkaanniemi et al. 2019 (arXiv 1904.06991); Naeem et al. 2020 (arXiv 2002.09797
 import numpy as np
 
 from ..records import Measured
-from .concentration import SELF_NOTE
-from .layout import SUBSAMPLE_TEXTS, Layout
+from .layout import SELF_NOTE, SUBSAMPLE_TEXTS, Layout
 from .ngrams import Corpus, dense
 
 DIMENSIONS = 1024
@@ -61,7 +60,7 @@ class Features:
         sign = 1.0 - 2.0 * ((hashes >> np.uint64(10)) & np.uint64(1)).astype(np.float64)
         slot = (hashes % np.uint64(DIMENSIONS)).astype(np.int64)
         rows = np.bincount(text * DIMENSIONS + slot, sign * idf, len(corpus.lengths) * DIMENSIONS)
-        rows = rows.reshape(len(corpus.lengths), DIMENSIONS)
+        rows = rows.astype(np.float64).reshape(len(corpus.lengths), DIMENSIONS)  # bincount of nothing gives whole numbers
         norm = np.linalg.norm(rows, axis=1, keepdims=True)
         return np.divide(rows, norm, out=np.zeros_like(rows), where=norm > 0)
 
@@ -113,29 +112,21 @@ def knn_coverage(reference_sample: np.ndarray, reference_radii: np.ndarray) -> f
 def measure_neighbours(layout: Layout) -> list[Measured]:
     """vendi_score, knn_recall and knn_coverage of the subsample, with jackknife units.
 
-    The jackknife leaves a fold of prompts and the like share of the references out together.
+    Where references come in they are taken as given: the intervals say how sure we are of the model, not of the references.
     """
     texts = layout.subsample[layout.corpus.lengths[layout.subsample] > 0]
-    chosen, places = _reference_subsample(layout)
+    order = np.random.default_rng(layout.context.seed).permutation(len(layout.references.lengths))
+    places = np.sort(order[layout.references.lengths[order] > 0][:SUBSAMPLE_TEXTS])
     settings = {"texts": len(texts), "subsample": SUBSAMPLE_TEXTS, "features": f"hashed 1-{MAX_N}-gram tf-idf of token ids",
                 "dimensions": DIMENSIONS, "idf": "references" if len(places) else "the texts"}  # fmt: skip
     if not len(texts):
         return [layout.null(name, "no text with tokens", settings=settings, unit=unit)
                 for name, unit in (("vendi_score", "texts"), ("knn_recall", "share"), ("knn_coverage", "share"))]  # fmt: skip
-    corpus = layout.corpus.select(texts)
+    corpus, chosen = layout.corpus.select(texts), layout.references.select(places)
     features = Features(chosen if len(places) else corpus)
-    samples, references = features(corpus), features(chosen)
-    sample_fold = layout.fold_of[texts]
-    reference_fold = places * layout.folds // max(1, len(layout.references.lengths))
-    return [_vendi(layout, samples, sample_fold, settings),
-            *_against_references(layout, samples, references, sample_fold, reference_fold, settings)]  # fmt: skip
-
-
-def _reference_subsample(layout: Layout) -> tuple[Corpus, np.ndarray]:
-    """Up to SUBSAMPLE_TEXTS references with tokens, and their places among all."""
-    order = np.random.default_rng(layout.context.seed).permutation(len(layout.references.lengths))
-    places = np.sort(order[layout.references.lengths[order] > 0][:SUBSAMPLE_TEXTS])
-    return layout.references.select(places), places
+    samples, fold = features(corpus), layout.fold_of[texts]
+    compared = _against_references(layout, samples, features(chosen), fold, settings)
+    return [_vendi(layout, samples, fold, settings), *compared]
 
 
 def _vendi(layout: Layout, samples: np.ndarray, fold: np.ndarray, settings: dict[str, object]) -> Measured:
@@ -148,26 +139,27 @@ def _vendi(layout: Layout, samples: np.ndarray, fold: np.ndarray, settings: dict
     return layout.jackknife("vendi_score", score(np.ones(len(samples), dtype=bool)), without, "texts", settings)
 
 
-def _against_references(layout: Layout, samples: np.ndarray, references: np.ndarray, sample_fold: np.ndarray,
-                        reference_fold: np.ndarray, settings: dict[str, object]) -> list[Measured]:
-    among_samples, among_references = squared_distances(samples, samples), squared_distances(references, references)
+def _against_references(layout: Layout, samples: np.ndarray, references: np.ndarray, fold: np.ndarray,
+                        settings: dict[str, object]) -> list[Measured]:
+    """Balls keep their radii while folds of samples are left out: a k-th neighbor is no smooth function of its sample, and
+    the jackknife of one is twice too wide; so it is a third too wide (simulated)."""
     across = squared_distances(references, samples)
+    sample_radii = radii(squared_distances(samples, samples), RECALL_K)
+    reference_radii = radii(squared_distances(references, references), COVERAGE_K)
 
-    def both(fold: int | None) -> tuple[float, float]:
-        s = np.flatnonzero(sample_fold != fold) if fold is not None else np.arange(len(samples))
-        r = np.flatnonzero(reference_fold != fold) if fold is not None else np.arange(len(references))
-        part = across[np.ix_(r, s)]
-        return (knn_recall(part, radii(among_samples[np.ix_(s, s)], RECALL_K)),
-                knn_coverage(part, radii(among_references[np.ix_(r, r)], COVERAGE_K)))  # fmt: skip
+    def both(kept: np.ndarray) -> tuple[float, float]:
+        return knn_recall(across[:, kept], sample_radii[kept]), knn_coverage(across[:, kept], reference_radii)
 
-    values, without = both(None), np.array([both(fold) for fold in range(layout.folds)])
-    note = SELF_NOTE if layout.decoding == "reference" else None
+    values = both(np.ones(len(samples), dtype=bool))
+    without = np.array([both(fold != f) for f in range(layout.folds)])
+    note = SELF_NOTE if layout.is_reference else None
     rows = []
     for i, (name, k) in enumerate((("knn_recall", RECALL_K), ("knn_coverage", COVERAGE_K))):
         stated = settings | {"k": k, "references": len(references)}
         if np.isfinite(values[i]):
             rows.append(layout.jackknife(name, values[i], without[:, i], "share", stated, note))
         else:
-            rows.append(layout.null(name, f"needs more than {k} texts and references: {len(samples)} and {len(references)}",
+            needed = f"more than {k} texts and one reference" if i == 0 else f"more than {k} references and one text"
+            rows.append(layout.null(name, f"needs {needed}; there are {len(samples)} texts, {len(references)} references",
                                     settings=stated))  # fmt: skip
     return rows

@@ -59,7 +59,8 @@ class Corpus:
         where = np.repeat(self.starts[texts], self.lengths[texts]) + _counting(self.lengths[texts])
         new_text = np.repeat(np.arange(len(texts)), self.lengths[texts])
         # A text keeps its own runs, moved up so that no two texts share one.
-        return Corpus(self.tokens[where], self.lengths[texts], self.runs[where] + new_text * (int(self.runs.max(initial=0)) + 1))
+        runs = self.runs[where] + new_text * (int(self.runs.max(initial=0)) + 1)
+        return Corpus(self.tokens[where], self.lengths[texts], runs)
 
     def stream_positions(self, order: np.ndarray) -> np.ndarray:
         """Place of each token in the stream that the texts form when read in `order` (a permutation [T]); int64 [M]."""

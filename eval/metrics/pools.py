@@ -54,7 +54,7 @@ def make_pools(layout: Layout) -> Pools:
         note = f"{total} tokens, fewer than half of the {size} of a pool"
     base = max(layout.context.vocab_size, *(int(c.tokens.max(initial=0)) + 1 for c in (corpus, layout.references)))
     grams = {n: [_count(layout, n, base, pool * size, (pool + 1) * size) for pool in range(number)] for n in (1, 2)}
-    return Pools(grams, base, {"tokens": size, "pools": number}, note)
+    return Pools(grams, base, {"tokens": size, "pools": number, "size_from": layout.size_from}, note)
 
 
 def _count(layout: Layout, n: int, base: int, first: int, end: int) -> PoolCounts:

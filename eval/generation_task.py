@@ -1,0 +1,131 @@
+"""The samples of a cell: every prompt continued under every decoding.
+
+A unit is one batch of one decoding. Its rows, sorted by the length of the prompt, and with that its padding, follow from the
+suite alone, so that any rank makes the same bytes of it, in any order, in one go or after a kill.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from ds_stability.errors import UserError
+
+from .decoding import Decoding, sample_key
+from .generation import Generated
+from .records import Measured, Prompt, Sample, ScoringContext
+
+
+class TextSource(Protocol):
+    """What makes texts: generation.Generator, or one of backends.py."""
+
+    def generate_keyed(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, keys: Sequence[str], max_new_tokens: int
+    ) -> list[Generated]: ...
+
+
+class Row(NamedTuple):
+    """A text to be made; `number` counts the samples of a prompt under this seed, `sample` over all seeds."""
+
+    prompt: Prompt
+    seed: int
+    number: int
+    sample: int
+
+
+class GenerationTask:
+    """See the module's docstring.
+
+    Args:
+        generator: generation.Generator, or another backend (backends.make_backend).
+        tokenizer: decodes the texts.
+        prompts: as generation.check_prompts returns them.
+        decodings: sampled ones give `samples_per_prompt` texts per prompt and seed, the others one text per prompt, which
+            has nothing to do with a seed and carries the first.
+        seeds: sampling seeds. The texts of a seed do not depend on which other seeds stand beside it.
+        max_new_tokens: the cap, end token included.
+        batch_size: texts of a unit, the last unit of a decoding excepted.
+        context: what the samples are scored against.
+        metrics: names out of metrics.METRIC_NAMES; None means all.
+
+    Raises:
+        UserError: two decodings of one name, or prompts with one index twice.
+    """
+
+    name = "samples"
+
+    def __init__(
+        self,
+        generator: TextSource,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        decodings: Sequence[Decoding],
+        seeds: Sequence[int],
+        samples_per_prompt: int,
+        max_new_tokens: int,
+        batch_size: int,
+        context: ScoringContext,
+        metrics: Sequence[str] | None = None,
+    ):
+        _check_unique("decodings", [decoding.name for decoding in decodings])
+        _check_unique("prompts", [prompt.index for prompt in prompts])
+        _check_unique("seeds", list(seeds))
+        self.generator, self.tokenizer, self.context = generator, tokenizer, context
+        self.prompts, self.seeds, self.samples_per_prompt = list(prompts), list(seeds), samples_per_prompt
+        self.max_new_tokens, self.batch_size, self.metrics = max_new_tokens, batch_size, metrics
+        self.decodings = {decoding.name: decoding for decoding in decodings}
+        self.batches = {f"{name}/{number:05d}": rows
+                        for name, decoding in self.decodings.items()
+                        for number, rows in enumerate(self._batches(decoding))}  # fmt: skip
+
+    def _batches(self, decoding: Decoding) -> list[list[Row]]:
+        rows = [row for prompt in self.prompts for row in self._rows(prompt, decoding)]
+        rows.sort(key=lambda row: (len(row.prompt.token_ids), row.prompt.index, row.sample))
+        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+
+    def _rows(self, prompt: Prompt, decoding: Decoding) -> list[Row]:
+        if not decoding.sampled:
+            return [Row(prompt, self.seeds[0], 0, 0)]
+        count = self.samples_per_prompt
+        return [Row(prompt, seed, number, position * count + number)
+                for position, seed in enumerate(self.seeds) for number in range(count)]  # fmt: skip
+
+    def units(self) -> list[str]:
+        """"DECODING/BATCH", by decoding in the order of the suite, then by length of prompt."""
+        return list(self.batches)
+
+    def run(self, unit: str, scratch: Path) -> list[dict[str, Any]]:
+        """The Samples of one batch as JSON, in the order of its rows."""
+        rows, decoding = self.batches[unit], self.decodings[unit.rsplit("/", 1)[0]]
+        keys = [sample_key(row.seed, decoding.name, row.prompt.index, row.number) for row in rows]
+        texts = self.generator.generate_keyed([row.prompt.token_ids for row in rows], decoding, keys, self.max_new_tokens)
+        return [self._sample(row, decoding, text).to_dict() for row, text in zip(rows, texts, strict=True)]
+
+    def _sample(self, row: Row, decoding: Decoding, text: Generated) -> Sample:
+        return Sample(
+            prompt=row.prompt.index,
+            decoding=decoding.name,
+            sample=row.sample,
+            seed=row.seed,
+            token_ids=text.token_ids,
+            text=self.tokenizer.decode(text.token_ids, skip_special_tokens=True),
+            finish=text.finish,
+            entropy_sum=text.entropy_sum,
+            logprob_sum=text.logprob_sum,
+            scored_tokens=text.scored_tokens,
+        )
+
+    def measure(self, records: Sequence[dict[str, Any]], scratch: Path) -> list[Measured]:
+        """The metrics of every decoding, in the order of the suite; the texts of one prompt are one unit."""
+        from .metrics.score_samples import score_samples
+
+        samples = [Sample.from_dict(record) for record in records]
+        measured = []
+        for name in self.decodings:
+            measured += score_samples([sample for sample in samples if sample.decoding == name], self.context, self.metrics)
+        return measured
+
+
+def _check_unique(what: str, values: list[Any]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"{what}: {value!r} is given twice; remove one")

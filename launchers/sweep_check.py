@@ -1,0 +1,69 @@
+"""Every cell's command line is checked before anything expensive, so that a mistake costs seconds."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ds_stability.errors import UserError
+from ds_stability.launchers.arguments import Command, parse_command
+from ds_stability.launchers.prepare import check_comparable
+from ds_stability.launchers.setup_model import load_config
+from ds_stability.launchers.sweep_plan import Cell, Plan
+from ds_stability.launchers.sweep_values import flag_words
+from ds_stability.run_dir import write_json_atomic
+
+STAND_IN = '{"step": 1, "stability/gain": 0.0}\n'  # passes the checks of files that are read, such as a replayed metrics.jsonl
+
+
+def check_cells(plan: Plan, folder: Path) -> dict[str, Command]:
+    """Parse every cell's command line as train.py would; the commands by cell id.
+
+    Raises:
+        UserError: names the first cell with a mistake.
+    """
+    commands: dict[str, Command] = {}
+    models: set[tuple] = set()
+    with tempfile.TemporaryDirectory() as scratch:
+        for cell in plan.cells:
+            try:
+                command = commands[cell.id] = _parse(cell, Path(scratch), folder)
+                model = (command.model.config_name, command.model.config_overrides, command.data.block_size)
+                if command.model.config_name is not None and model not in models:
+                    load_config(command)
+                    models.add(model)
+            except UserError as error:
+                raise UserError(f"{plan.source}: cell {cell.id}: {error}") from None
+    try:
+        check_comparable(list(commands.items()))
+    except UserError as error:
+        raise UserError(f"{plan.source}: {error}") from None
+    return commands
+
+
+def _parse(cell: Cell, scratch: Path, folder: Path) -> Command:
+    base = folder if all((folder / need / "DONE").exists() for need in cell.needs) else scratch / "cells"
+    flags, block = cell.resolved(base)
+    if base != folder:
+        _stand_in(flags, base)
+        _stand_in(block, base)
+    config = scratch / "ds_config.json"
+    write_json_atomic(config, cell.ds_config(block))
+    words = flag_words({**flags, "deepspeed": str(config), "output_dir": str(scratch / "run")})
+    try:
+        return parse_command(words)
+    except UserError as error:
+        raise UserError(str(error).replace(str(config), str(flags["deepspeed"])).replace(f"{base}/", "")) from None
+
+
+def _stand_in(value: Any, base: Path) -> None:
+    """For files of cells that are yet to be trained: something at the place, of the form that checks look for."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _stand_in(item, base)
+    elif isinstance(value, str) and value.startswith(f"{base}/"):
+        path = Path(value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.write_text(STAND_IN, encoding="utf-8")
+        else:
+            path.mkdir(exist_ok=True)

@@ -1,0 +1,112 @@
+"""The report in a real browser: it opens from disk, asks for nothing, shows its figures, and its tables work."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the python package playwright is not installed")
+sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
+import report_data  # noqa: E402
+
+from ds_stability.eval import report  # noqa: E402
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no browser on the PATH: none of {', '.join(NAMES)}")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = report_data.write_evaluation(tmp_path_factory.mktemp("evals") / "browser", ("gpt2", "llama"), (0.0, 0.5, 1.0), (0, 1), units=6,
+                                          decodings=("greedy", "sample"), steps=40)  # fmt: skip
+    samples = folder / "cells" / "gpt2-feedback-0-0" / "samples.jsonl"
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    for line in lines:
+        if line["prompt"] == 0:
+            line["text"] = report_data.HOSTILE
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return report.write_report(folder, predictions=Path(report.__file__).with_name("predictions.yaml"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, path):
+    """The opened report; afterwards: no error and no request but for the file itself."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    errors, requests = [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto(path.as_uri())
+    yield page
+    assert errors == [] and requests == [path.as_uri()]
+    page.close()
+
+
+def test_every_figure_is_visible(page):
+    images = page.locator("img")
+    assert images.count() >= 6
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 300 && image.alt)")
+    assert page.locator("#headline + figure img").bounding_box()["width"] > 600
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert page.evaluate("[...document.images].every(image => image.getBoundingClientRect().width > 100)")
+
+
+def test_filter_and_sort(page):
+    rows = page.locator("#results-table tbody tr")
+    before = rows.count()
+    page.fill("#results-filter", "predictive_entropy HELD_OUT llama feedback")
+    assert rows.count() == 3 < before
+    assert "3 of" in page.inner_text("#results-count")
+    value = page.locator("#results-table thead th").nth(5)
+    for order in (sorted, lambda values: sorted(values, reverse=True)):
+        value.locator("button").click()
+        values = [float(text.replace("\u2212", "-")) for text in rows.locator("td:nth-child(6)").all_inner_texts()]
+        assert values == order(values) and len(set(values)) == 3
+    assert value.get_attribute("aria-sort") == "descending"
+    page.fill("#results-filter", "no such measure")
+    assert rows.count() == 0
+    page.fill("#trends-filter", "mtld sample")
+    assert page.locator("#trends-table tbody tr").count() == 2
+
+
+def test_samples_side_by_side_and_search(page):
+    cards = page.locator("#samples-view .card")
+    page.locator("#samples-controls select").nth(4).select_option(index=1)
+    titles = page.locator("#samples-view .card header span:first-child").all_inner_texts()
+    assert titles == ["human text", "untouched: pretrained", "level 0", "level 0.5", "level 1"]
+    assert "marker-1-sample-0.5" in cards.nth(3).inner_text()
+    page.locator("#samples-controls select").nth(3).select_option(label="greedy")
+    assert "marker-1-greedy-0.5" in cards.nth(3).inner_text()
+    page.fill("#samples-filter", "MARKER-3-greedy-1")
+    assert cards.count() > 0 and cards.count() == page.locator("#samples-view mark").count()
+    assert "samples" in page.inner_text("#samples-count")
+    page.fill("#samples-filter", "")
+    assert cards.count() == 5
+
+
+def test_a_hostile_sample_does_nothing(page):
+    text = page.locator("#samples-view .card").nth(2).inner_text()
+    assert "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>" in text
+    assert "\u2400" in text and "\u241b" in text
+    page.fill("#samples-filter", "<img src=x")
+    assert page.locator("#samples-view .card").count() == 2
+    assert page.evaluate("typeof window.hacked") == "undefined" and page.locator("#samples-view img").count() == 0
+
+
+def test_readable_when_narrow_and_dark(browser, path):
+    page = browser.new_page(viewport={"width": 420, "height": 800}, color_scheme="dark")
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
+    page.close()

@@ -1,0 +1,227 @@
+"""Reading cells, and the hierarchical bootstrap over them."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import report_data  # noqa: E402
+
+from ds_stability.errors import UserError  # noqa: E402
+from ds_stability.eval import aggregate, intervals  # noqa: E402
+from ds_stability.eval.aggregate import Group  # noqa: E402
+from ds_stability.eval.records import Measured  # noqa: E402
+from ds_stability.eval.report_cells import Cell, Key, read_evaluation  # noqa: E402
+
+KEY = Key("m", None, "held_out")
+
+
+def make_cell(seed, totals, counts=None, level=0.0, arm="feedback", architecture="a", units=None) -> Cell:
+    counts = np.ones(len(totals)) if counts is None else np.asarray(counts)
+    measured = Measured("m", [str(u) for u in (units or range(len(totals)))], np.asarray(totals), counts, split="held_out", unit="nats")
+    row = {"metric": "m", "split": "held_out", "value": measured.value, "n": float(counts.sum()), "unit": "nats", "note": None}
+    name = f"{architecture}-{arm}-{level}-{seed}"
+    return Cell(name, Path(name), {"run": {}}, {KEY: row}, {KEY: measured}, architecture, arm, level, seed)
+
+
+def rows_of(cells, **kwargs):
+    groups = aggregate.groups_of(cells)
+    return {(row["arm"], row["level"]): row for row in aggregate.group_rows(groups, aggregate.draw(groups, KEY, **kwargs), KEY)}
+
+
+def test_group_value_is_the_mean_over_seeds_of_ratios_of_sums():
+    cells = [make_cell(0, [1.0, 9.0], [1.0, 3.0]), make_cell(1, [4.0, 4.0], [1.0, 1.0])]
+    row = rows_of(cells)["feedback", 0.0]
+    assert row["value"] == pytest.approx((10 / 4 + 4) / 2) and row["seeds"] == 2 and row["units"] == 4
+    assert row["sd"] == pytest.approx(np.std([2.5, 4.0], ddof=1))
+
+
+def test_interval_agrees_with_the_reference_implementation():
+    """`intervals.hierarchical` draws for one figure at a time; here all cells share the draws."""
+    random = np.random.default_rng(1)
+    counts = random.integers(5, 20, size=(4, 30)).astype(float)
+    totals = counts * (3 + random.normal(0, 0.3, size=(4, 1)) + random.normal(0, 1.0, size=(4, 30)))
+    cells = [make_cell(seed, totals[seed], counts[seed]) for seed in range(4)]
+    row = rows_of(cells, resamples=20_000)["feedback", 0.0]
+    expected = intervals.hierarchical([cell.measured[KEY] for cell in cells], resamples=20_000, seed=3)
+    width = expected["ci_high"] - expected["ci_low"]
+    assert row["value"] == pytest.approx(expected["value"])
+    for name in ("ci_low", "ci_high", "stderr"):
+        assert row[name] == pytest.approx(expected[name], abs=0.04 * width), name
+
+
+def test_difference_is_paired_by_seed_and_unit():
+    """Prompts and seeds differ widely, the effect does not: the interval of the difference must see the effect only."""
+    random = np.random.default_rng(0)
+    cells = []
+    for seed in range(3):
+        base = 10 * random.normal(size=20) + 5 * random.normal()
+        cells += [make_cell(seed, base), make_cell(seed, base + 1 + 0.01 * random.normal(size=20), level=0.5)]
+    row = rows_of(cells)["feedback", 0.5]
+    assert row["difference"] == pytest.approx(1.0, abs=0.02)
+    assert row["difference_high"] - row["difference_low"] < 0.05
+    assert row["ci_high"] - row["ci_low"] > 1.0
+    assert rows_of(cells)["feedback", 0.0]["difference"] is None
+
+
+def test_difference_uses_common_units_and_common_seeds_only():
+    cells = [make_cell(0, [1.0, 2.0, 3.0], units=[0, 1, 2]), make_cell(0, [5.0, 7.0], level=1.0, units=[1, 2]), make_cell(7, [99.0, 99.0], level=1.0)]
+    row = rows_of(cells)["feedback", 1.0]
+    assert row["difference"] == pytest.approx(6.0 - 2.5)
+
+
+def test_difference_without_a_common_unit_is_null():
+    cells = [make_cell(0, [1.0], units=[0]), make_cell(0, [5.0], level=1.0, units=[1])]
+    assert rows_of(cells)["feedback", 1.0]["difference"] is None
+
+
+def test_one_seed_says_that_its_interval_is_over_prompts_only():
+    row = rows_of([make_cell(0, np.arange(20.0))])["feedback", 0.0]
+    assert row["ci_low"] < row["value"] < row["ci_high"] and row["t_low"] is None
+    assert "over prompts only" in row["note"]
+
+
+def test_one_seed_and_one_unit_has_no_interval():
+    row = rows_of([make_cell(0, [2.0])])["feedback", 0.0]
+    assert row["value"] == 2.0 and row["ci_low"] is None and "no interval" in row["note"]
+
+
+def test_constant_metric_has_an_interval_of_width_zero():
+    row = rows_of([make_cell(seed, np.full(5, 0.25)) for seed in range(3)])["feedback", 0.0]
+    assert row["ci_low"] == row["ci_high"] == row["value"] == 0.25
+
+
+def test_more_units_than_are_drawn_at_once():
+    random = np.random.default_rng(2)
+    row = rows_of([make_cell(seed, random.normal(size=3000)) for seed in range(2)])["feedback", 0.0]
+    assert row["units"] == 6000 and row["ci_high"] - row["ci_low"] < 0.3
+
+
+def test_coverage_of_the_group_interval():
+    """Many seeds: the hierarchical interval holds the true mean about 95 times in 100."""
+    random, hits = np.random.default_rng(5), 0
+    for _ in range(100):
+        cells = [make_cell(seed, random.normal() + random.normal(size=10)) for seed in range(12)]
+        row = rows_of(cells, resamples=400)["feedback", 0.0]
+        hits += row["ci_low"] <= 0.0 <= row["ci_high"]
+    assert 86 <= hits <= 100
+
+
+def test_baseline_of_an_arm_is_the_dose_responses_level_zero():
+    groups = [Group("a", "feedback", level) for level in (0.0, 0.5, 1.0)] + [Group("a", "longer", 0.0), Group("a", "clipping", 1.0)]
+    assert aggregate.main_arm(groups) == "feedback"
+    assert aggregate.baseline_of(groups[3], groups, 0.0) == groups[0]
+    assert aggregate.baseline_of(groups[4], groups, 0.0) == groups[0]
+    assert aggregate.baseline_of(groups[0], groups, 0.0) is None
+    assert aggregate.baseline_of(Group("b", "feedback", 1.0), groups, 0.0) is None
+
+
+# reading
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return report_data.write_evaluation(tmp_path / "evals" / "small", ("gpt2",), (0.0, 1.0), (0, 1), arms=False, untouched=False,
+                                        units=4, decodings=("sample",), steps=5)  # fmt: skip
+
+
+def test_results_frame_has_a_line_per_cell_and_figure(folder):
+    evaluation = read_evaluation(folder)
+    frame = aggregate.results_frame(evaluation.cells)
+    assert list(frame.columns) == list(aggregate.RESULT_COLUMNS)
+    assert len(frame) == sum(len(cell.rows) for cell in evaluation.cells) and set(frame["level"]) == {0.0, 1.0}
+    assert frame["metric"].eq("mauve").sum() == 4 and frame.loc[frame["metric"].eq("mauve"), "value"].isna().all()
+
+
+def test_items_add_up_to_the_scores(folder):
+    for cell in read_evaluation(folder).cells:
+        for key, measured in cell.measured.items():
+            assert measured.value == pytest.approx(cell.value(key), rel=1e-9)
+
+
+def test_an_unfinished_cell_is_named_and_the_others_stand(folder):
+    (folder / "cells" / "gpt2-feedback-1-0" / "DONE").unlink()
+    evaluation = read_evaluation(folder)
+    assert [cell.id for cell in evaluation.incomplete] == ["gpt2-feedback-1-0"] and len(evaluation.cells) == 3
+    assert "DONE" in evaluation.incomplete[0].reason
+
+
+@pytest.mark.parametrize("name", ["cell.json", "scores.json", "items.parquet"])
+def test_a_result_that_is_cut_off_makes_the_cell_incomplete(folder, name):
+    path = folder / "cells" / "gpt2-feedback-1-0" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    (cut,) = read_evaluation(folder).incomplete
+    assert cut.id == "gpt2-feedback-1-0" and name in cut.reason and "\n" not in cut.reason
+
+
+def test_scores_without_rows_make_the_cell_incomplete(folder):
+    (folder / "cells" / "gpt2-feedback-1-0" / "scores.json").write_text('{"rows": [3]}')
+    assert "scores.json" in read_evaluation(folder).incomplete[0].reason
+
+
+def test_two_cells_with_one_place_in_the_sweep_are_refused(folder):
+    shutil.copytree(folder / "cells" / "gpt2-feedback-1-0", folder / "cells" / "again")
+    meta = json.loads((folder / "cells" / "again" / "cell.json").read_text())
+    with pytest.raises(UserError, match=r"again and gpt2-feedback-1-0 have one id"):
+        read_evaluation(folder)
+    (folder / "cells" / "again" / "cell.json").write_text(json.dumps({**meta, "id": "again"}))
+    with pytest.raises(UserError, match=r"again and gpt2-feedback-1-0 have one \(arm, level, architecture, seed\)"):
+        read_evaluation(folder)
+
+
+def test_another_axis_makes_an_arm_of_its_own(folder):
+    path = folder / "cells" / "gpt2-feedback-1-0"
+    meta = json.loads((path / "cell.json").read_text())
+    shutil.copytree(path, folder / "cells" / "again")
+    for name, rate in (("gpt2-feedback-1-0", 0.1), ("again", 0.2)):
+        run = {**meta["run"], "axes": {**meta["run"]["axes"], "learning_rate": rate}}
+        (folder / "cells" / name / "cell.json").write_text(json.dumps({**meta, "id": name, "run": run}))
+    arms = {cell.id: cell.arm for cell in read_evaluation(folder).cells}
+    assert arms["again"] == "feedback, learning_rate=0.2" and arms["gpt2-feedback-1-0"] == "feedback, learning_rate=0.1"
+    assert arms["gpt2-feedback-0-0"] == "feedback"
+
+
+def test_a_schedule_of_levels_is_an_arm_not_a_level(folder):
+    path = folder / "cells" / "gpt2-feedback-1-0" / "cell.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "run": {**meta["run"], "level": [[0, 0.0], [9, 1.0]], "axes": {}}}))
+    cell = next(cell for cell in read_evaluation(folder).cells if cell.id == "gpt2-feedback-1-0")
+    assert cell.level is None and "[[0, 0.0], [9, 1.0]]" in cell.arm
+
+
+def test_different_suites_and_sets_are_told(folder):
+    path = folder / "cells" / "gpt2-feedback-1-0" / "cell.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "suite_fingerprint": "other", "high_frequency": None}))
+    problems = " ".join(read_evaluation(folder).problems)
+    assert "2 different suites" in problems and "2 different high-frequency sets" in problems
+
+
+def test_nothing_to_read(tmp_path, folder):
+    with pytest.raises(UserError, match="no folder cells/"):
+        read_evaluation(tmp_path / "absent")
+    for cell in (folder / "cells").iterdir():
+        (cell / "DONE").unlink()
+    with pytest.raises(UserError, match="no complete cell"):
+        read_evaluation(folder)
+
+
+def test_a_cell_without_items_still_counts_by_seed(folder):
+    for path in folder.glob("cells/*/items.parquet"):
+        path.unlink()
+    evaluation = read_evaluation(folder)
+    groups = aggregate.groups_of(evaluation.cells)
+    key = Key("predictive_entropy", None, "held_out")
+    row = aggregate.group_rows(groups, aggregate.draw(groups, key), key)[0]
+    assert row["value"] is not None and row["ci_low"] < row["value"] < row["ci_high"]
+
+
+def test_parquet_round_trip(folder, tmp_path):
+    frame = aggregate.results_frame(read_evaluation(folder).cells)
+    frame.to_parquet(tmp_path / "r.parquet", index=False)
+    assert len(pd.read_parquet(tmp_path / "r.parquet")) == len(frame)
