@@ -23,11 +23,11 @@ test-slow: $(VENV)/.ready
 
 reproduce-quick: $(VENV)/.ready
 	$(VENV)/bin/ds-stability sweep reproduce_quick $(ON_TEXT)
-	$(VENV)/bin/ds-stability report evals/reproduce_quick
+	$(VENV)/bin/ds-stability report evals/reproduce_quick --predictions eval/predictions.yaml
 
 reproduce: $(VENV)/.ready
 	$(VENV)/bin/ds-stability sweep reproduce $(ON_TEXT)
-	$(VENV)/bin/ds-stability report evals/reproduce
+	$(VENV)/bin/ds-stability report evals/reproduce --predictions eval/predictions.yaml
 
 docs: $(VENV)/.ready
 	$(RUN) docs/generate.py

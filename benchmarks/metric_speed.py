@@ -49,6 +49,7 @@ def main() -> int:
     score_samples(samples[: 8 * PER_PROMPT], context)  # what loads lazily loads now
     print(f"all {len(METRIC_NAMES)} metrics of {len(samples)} texts", flush=True)
     whole = [time_all(samples, context, arguments.resamples) for _ in range(arguments.rounds)]
+    print(f"  {medians(whole)['processor_seconds']:.2f} s of one core", flush=True)
     pairs = [compare(pair, arguments.rounds) for pair in comparisons(samples, context)]
     settings = {key: getattr(arguments, key) for key in ("texts", "tokens", "rounds", "resamples")}
     settings |= {"samples_per_prompt": PER_PROMPT, "vocabulary": VOCABULARY, "subsample": SUBSAMPLE_TEXTS, "threads": 1}
@@ -249,6 +250,7 @@ def compare(pair: Comparison, rounds: int) -> dict[str, Any]:
         ours.append(seconds)
         theirs.append(their_seconds)
         ratios.append(their_seconds["processor_seconds"] / seconds["processor_seconds"])
+    print(f"  {statistics.median(ratios):.1f} times our processor time", flush=True)
     return {"what": pair.what, "by": pair.by, "values": their_values, "ours": medians(ours), "theirs": medians(theirs),
             "ratios": ratios, "ratio": statistics.median(ratios)}  # fmt: skip
 

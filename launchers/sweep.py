@@ -68,6 +68,7 @@ class Sweep:
                               f"left where they are: {', '.join(removed) or 'none'}")  # fmt: skip
         if self.shared is None:
             self.shared = self._prepare()
+        self.folder.clear_after_kills(self.plan.cells)
         self._note_done()
         if self.progress.done:
             self.progress.say(f"{len(self.progress.done)} of {len(self.plan.cells)} cells were done before")
@@ -78,6 +79,7 @@ class Sweep:
             happened = [self._try(cell) for cell in self.ready_cells()]
             if not any(happened):
                 self._wait()
+        self.folder.clear_after_kills(self.plan.cells)
         return self.outcome
 
     def open_cells(self) -> list[Cell]:
@@ -136,7 +138,7 @@ class Sweep:
 
         code, outcome = None, "interrupted"
         try:
-            code = run_script(self.hosts, TRAIN_SCRIPT, words, log, watch, keep_open=(lock,))
+            code = run_script(self.hosts, TRAIN_SCRIPT, words, log, watch, (lock,), self.folder.port_note(cell))
             outcome = "failed"
         finally:
             seconds = time.monotonic() - started

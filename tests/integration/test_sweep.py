@@ -74,6 +74,11 @@ class Runner:
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.1)
 
+    def buffers(self) -> list[Path]:
+        """What the launchers noted by the sweep have in shared memory."""
+        ports = [note.read_text().split()[1] for note in self.output.glob("locks/*.port")]
+        return [path for port in ports for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")]
+
     def launcher_of(self, process: subprocess.Popen) -> int:
         """The launcher that a sweep started: the child that leads a session of its own."""
         for entry in Path("/proc").glob("[0-9]*"):
@@ -107,6 +112,7 @@ def test_a_sweep_that_is_killed_goes_on_and_trains_nothing_twice(runner):
     os.killpg(launcher, signal.SIGKILL)
     sweep.communicate()
     first, second = runner.cells()
+    left_behind = runner.buffers()
     assert runner.starts() == [(first, None)] and not list(runner.output.glob("*/DONE"))
 
     # The next one resumes it. Then only the sweep is killed: the training of the second cell goes on without it.
@@ -115,6 +121,7 @@ def test_a_sweep_that_is_killed_goes_on_and_trains_nothing_twice(runner):
     launcher = runner.launcher_of(sweep)
     sweep.kill()
     sweep.communicate()
+    left_behind += runner.buffers()
     assert is_locked(runner.output / "locks" / f"{second}.lock") and is_locked(runner.output / second / TRAIN_LOCK)
 
     # A third one waits for that training, and starts no other.
@@ -126,6 +133,8 @@ def test_a_sweep_that_is_killed_goes_on_and_trains_nothing_twice(runner):
         assert (runner.output / cell / "DONE").exists()
         steps = [json.loads(line)["step"] for line in (runner.output / cell / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 21))
+
+    assert not [path for path in left_behind if path.exists()] and not list(runner.output.glob("locks/*.port"))
 
     # One high-frequency set and one tokenizer for all; and where all is done, nothing happens.
     sets = {(runner.output / cell / "high_frequency.json").read_text() for cell in (first, second)}
