@@ -120,14 +120,14 @@ def _exact_match(suite: Suite, generator: Any, loaded: Any, seeds: list[int]) ->
 def _synthetic(suite: Suite, loaded: Any, source: TextSource) -> Task:
     from ds_stability.data.synthetic import SyntheticLanguage
 
-    from .synthetic_scores import SyntheticSettings, SyntheticTask, training_sentences
+    from .synthetic_scores import SyntheticTask, training_sentences
 
     if not source.is_synthetic:
         raise UserError(f"{source.where}: was not trained on builtin:synthetic, and suite {suite.name} has synthetic: true; give a "
                         "run that was, or set it to auto or false")  # fmt: skip
     language = SyntheticLanguage(seed=source.spec.synthetic_seed)
-    settings = SyntheticSettings(batch_size=suite.batch_size)
-    return SyntheticTask(loaded, language, training_sentences(source.spec, language, source.trained_tokens), settings)
+    # Its own batch size: batches are the units of its intervals, and its sentences are short.
+    return SyntheticTask(loaded, language, training_sentences(source.spec, language, source.trained_tokens))
 
 
 def run_downstream(suite: Suite, loaded: Any, cell: CellDir, ranks: Ranks, gpus_per_model: int) -> list[Measured]:
