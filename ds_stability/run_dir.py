@@ -26,7 +26,7 @@ from typing import Any
 from ds_stability.errors import UserError
 
 MANIFEST_VERSION = 1
-PACKAGES = ("ds_stability", "torch", "deepspeed", "transformers", "accelerate", "datasets", "peft", "numpy")
+PACKAGES = ("ds_stability", "torch", "deepspeed", "transformers", "accelerate", "datasets", "peft", "numpy", "scipy", "lm_eval")
 GIT_TIMEOUT_SECONDS = 5
 
 

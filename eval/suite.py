@@ -91,7 +91,7 @@ class MinimalPairsConfig(_Section):
 
 class DownstreamConfig(_Section):
     tasks: Annotated[Any, PlainValidator(_list)] = Field(
-        [], description="tasks of lm-evaluation-harness, ours or its own, by name (extra `eval`)",
+        [], description="tasks of lm-evaluation-harness, ours or its own, by name (extra `lm-eval`)",
         json_schema_extra={"allowed": "a list of names ([] for none)"},
     )  # fmt: skip
     limit: _Count | None = Field(None, description="items of a task at most; null = all")

@@ -138,10 +138,10 @@ class _Figures:
         expected = float(-np.expm1(number * np.log1p(-np.exp(true_logprobs))).mean()) if k else 0.0
         settings = {"k": k, "samples": number, "expected_of_the_language": expected, "method": "pooled, jackknife over batches"}
 
-        def share(parts: Sequence[set]) -> float:
-            return len(set().union(*parts)) / len(modes)
+        def share(left_out: str | None) -> float:
+            return len(set().union(*(found for unit, found in batches.items() if unit != left_out))) / len(modes)
 
-        return pooled("synthetic_mode_coverage", batches, share, "share", settings, self.notes["samples"])
+        return pooled("synthetic_mode_coverage", list(batches), share, "share", settings, self.notes["samples"])
 
 
 def _value(what: Callable | str | float, record: "Record") -> float:
@@ -150,16 +150,15 @@ def _value(what: Callable | str | float, record: "Record") -> float:
     return what(record) if callable(what) else what
 
 
-def pooled(metric: str, batches: dict[str, Any], statistic: Callable, unit: str, settings: dict[str, Any], note: str | None) -> Measured:
-    """`statistic` of all batches together, with delete-one-batch jackknife units; one batch has no spread."""
+def pooled(metric: str, batches: Sequence[str], without: Callable[[str | None], float], unit: str, settings: dict[str, Any],
+           note: str | None) -> Measured:  # fmt: skip
+    """`without(None)`, the statistic of all batches together, with jackknife units from `without(batch)`; one batch has no spread."""
     if not batches:
         return Measured.null(metric, note or "nothing to measure", unit=unit, settings=settings)
-    parts = list(batches.values())
-    value = statistic(parts)
-    if len(parts) == 1:
+    value = without(None)
+    if len(batches) == 1:
         return Measured(metric, ["all"], [value], [1.0], unit=unit, settings=settings, note=note)
-    without = [statistic(parts[:i] + parts[i + 1 :]) for i in range(len(parts))]
-    return Measured(metric, list(batches), *jackknife_units(value, without), unit=unit, settings=settings, note=note)
+    return Measured(metric, batches, *jackknife_units(value, [without(batch) for batch in batches]), unit=unit, settings=settings, note=note)
 
 
 def _tables(task: "SyntheticTask", figures: _Figures, scratch: "Path") -> list[Measured]:
@@ -172,20 +171,21 @@ def _tables(task: "SyntheticTask", figures: _Figures, scratch: "Path") -> list[M
     units = dict.fromkeys(record["unit"] for record in figures.records["samples"])
     batches = {unit: np.load(task.mass_path(scratch, unit)) for unit in units}
     settings = {"alpha": task.settings.alpha, "method": "pooled, jackknife over batches of samples"}
-    counts = task.training_bigrams
+    counts, everything = task.training_bigrams, sum(batches.values())
     measured = []
     for name, reduce in (("unigram", lambda table: table.sum(axis=0, keepdims=True)), ("bigram", lambda table: table)):
         for direction in ("forward", "reverse"):
 
-            def statistic(parts: Sequence[np.ndarray], reduce: Callable = reduce, forward: bool = direction == "forward") -> float:
-                model = reduce(sum(parts))
+            def divergence(left_out: str | None, reduce: Callable = reduce, forward: bool = direction == "forward") -> float:
+                # Differences of sums of probabilities: what rounding leaves below 0 is 0.
+                model = reduce(everything if left_out is None else np.maximum(everything - batches[left_out], 0.0))
                 data = np.zeros_like(model)
                 empirical = reduce(counts)
                 data[: empirical.shape[0], : empirical.shape[1]] = empirical
                 first, second = (data, model) if forward else (model, data)
                 return conditional_kl(first, second, task.settings.alpha)
 
-            measured.append(pooled(f"synthetic_{direction}_kl_{name}", batches, statistic, "nats", settings, figures.notes["samples"]))
+            measured.append(pooled(f"synthetic_{direction}_kl_{name}", list(batches), divergence, "nats", settings, figures.notes["samples"]))
     return measured
 
 

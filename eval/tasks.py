@@ -142,4 +142,4 @@ def run_downstream(suite: Suite, loaded: Any, cell: CellDir, ranks: Ranks, gpus_
         tokenizer, context_length = ranks.from_first(lambda: (loaded.tokenizer, loaded.context_length))
     settings = {**suite.downstream.model_dump(), "batch_size": suite.batch_size}
     return run_lm_eval(None if loaded is None else loaded.model, tokenizer, settings, cell.path, ranks.rank, ranks.world_size,
-                       context_length=context_length)  # fmt: skip
+                       context_length=context_length, store=ranks.store if ranks.world_size > 1 else None)  # fmt: skip

@@ -6,7 +6,18 @@ import numpy as np
 
 from ...errors import UserError
 from ..records import Measured, Sample, ScoringContext
-from . import COMPRESSION, CONCENTRATION, DISTINCT, FINISH, METRIC_NAMES, NEIGHBOURS, POOLED, REPETITION, SELF_BLEU, WORDS
+from . import (
+    COMPRESSION,
+    CONCENTRATION,
+    DISTINCT,
+    FINISH,
+    METRIC_NAMES,
+    NEIGHBOURS,
+    POOLED,
+    REPETITION,
+    SELF_BLEU,
+    WORDS,
+)
 from .concentration import measure_divergence, measure_shares
 from .diversity import measure_compression, measure_distinct, measure_entropy
 from .layout import Layout

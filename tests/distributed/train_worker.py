@@ -20,6 +20,7 @@ from train_data import DEFAULTS, build_model, micro_batches, num_items  # noqa: 
 
 import ds_stability  # noqa: E402
 
+
 def base_config(run, world):
     config = {
         "train_micro_batch_size_per_gpu": run["micro"],

@@ -6,15 +6,23 @@ from argparse import Namespace
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
-
-from ds_stability.cli import main as cli
-from ds_stability.errors import UserError
 from ds_stability.eval import run as eval_run
-from ds_stability.eval.cell import CellDir, ModelPath, cell_ids, describe_run, high_frequency_file, resolve_model, write_items
+from ds_stability.eval.cell import (
+    CellDir,
+    ModelPath,
+    cell_ids,
+    describe_run,
+    high_frequency_file,
+    resolve_model,
+    write_items,
+)
 from ds_stability.eval.command import check, launch_line, run_parser, script_arguments
 from ds_stability.eval.ranks import Ranks
 from ds_stability.eval.records import Measured, Prompt
 from ds_stability.eval.results import memorization_gap, reference_samples
+
+from ds_stability.cli import main as cli
+from ds_stability.errors import UserError
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_stability.data import Document
 from ds_stability.data.frequency import HighFrequencySet, count_tokens, high_frequency_set, make_high_frequency_set
 from ds_stability.data.packing import PackedBlocks
 from ds_stability.data.tokenizer import tokenizer_hash, word_tokenizer
 from ds_stability.data.tokens import build_store
-from ds_stability.data import Document
 from ds_stability.errors import UserError
 
 

@@ -6,6 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from ds_stability.eval.decoding import DEFAULT_DECODINGS, Decoding, uniform_numbers
+from ds_stability.eval.generation import Generator, check_prompts
+from ds_stability.eval.generation_task import GenerationTask
+from ds_stability.eval.kv_cache import RightSizedLayer, right_sized_cache
+from ds_stability.eval.records import Prompt, Sample, ScoringContext
 from transformers import (
     GenerationConfig,
     GPT2Config,
@@ -24,11 +29,6 @@ from transformers import (
 
 from ds_stability.data.tokenizer import word_tokenizer
 from ds_stability.errors import UserError
-from ds_stability.eval.decoding import DEFAULT_DECODINGS, Decoding, uniform_numbers
-from ds_stability.eval.generation import Generator, check_prompts
-from ds_stability.eval.generation_task import GenerationTask
-from ds_stability.eval.kv_cache import RightSizedLayer, right_sized_cache
-from ds_stability.eval.records import Prompt, Sample, ScoringContext
 
 VOCABULARY, EOS, PAD = 40, 1, 2
 SHAPE = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": PAD}

@@ -12,7 +12,6 @@ from ds_stability.loss import StabilityLoss
 from ds_stability.noise import MicroGradientMeter
 from ds_stability.statistics import INDEX, STEP_FIELDS, VECTOR_SIZE, StepSums, noise_scale_terms
 
-
 VOCAB, WIDTH = 9, 6
 SETTING = Setting(gain=0.8, mu=2.0, sigma=0.7, mean_weight=1.3)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_stability.config import REGULARIZATION_MAX as DEFAULT_MAX
 from ds_stability.controller import FeedbackController
 from ds_stability.histogram import histogram
 from ds_stability.loss import StabilityLoss, cross_entropy
@@ -17,7 +18,6 @@ from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.clipping import Clipping, threshold_deviations
 from ds_stability.stabilizers.feedback import Feedback
-from ds_stability.config import REGULARIZATION_MAX as DEFAULT_MAX
 from ds_stability.stabilizers.regularization import Regularization
 from ds_stability.statistics import FIELDS, INDEX, VECTOR_SIZE, StepSums
 
