@@ -2,7 +2,7 @@
 
     python benchmarks/render.py [--results docs/results] [--page docs/results.md] [--check]
 
-The results files are those that demo.py, smollm2.py and overhead.py write (`cp runs/demo/demo.json docs/results/`). In the
+The results files are those that the other scripts here write (`cp runs/demo/demo.json docs/results/`). In the
 page, what stands between `<!-- generated: NAME -->` and `<!-- end -->` is made from NAME.json; the rest is written by hand.
 """
 
@@ -16,6 +16,9 @@ from typing import Any
 import common
 import demo
 import figures
+import generation
+import headline
+import metric_speed
 import overhead
 import smollm2
 
@@ -58,10 +61,11 @@ def filled(text: str, results: Path) -> str:
 def section(name: str, results: Path) -> str:
     """The Markdown of one results file."""
     body = SECTIONS[name]
-    result = load(name, results)
+    file = SAME_FILE.get(name, name)
+    result = load(file, results)
     if result is None:
-        return f"Not measured yet: there is no `{name}.json` among the results files."
-    return f"{provenance(result)}\n\n{body(result)}"
+        return f"Not measured yet: there is no `{file}.json` among the results files."
+    return body(result) if name in SAME_FILE else f"{provenance(result)}\n\n{body(result)}"
 
 
 def load(name: str, results: Path) -> dict[str, Any] | None:
@@ -148,13 +152,53 @@ def overhead_section(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, "![Step time relative to plain DeepSpeed](figures/overhead.png)"])
 
 
-SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "overhead": overhead_section}
+def headline_section(result: dict[str, Any]) -> str:
+    times = result["times"]
+    took = (f"Training took {times['seconds'] / 60:.0f} minutes ({times['attempts']} runs, median {times['median']:.0f} s, {times['shortest']:.0f} to "
+            f"{times['longest']:.0f} s), evaluation {result['evaluation_seconds'] / 60:.0f}. The runs were made at commit "
+            f"{', '.join(f'`{revision[:12]}`' for revision in result['revisions'])}.")  # fmt: skip
+    return "\n\n".join([
+        took,
+        "**Verdict.** " + " ".join(result["sentences"]),
+        common.markdown_table(*headline.predictions_table(result)),
+        "![Dose-response of the headline measures in three architectures](figures/headline.png)",
+        *(f"{architecture}:\n\n{common.markdown_table(*table)}" for architecture, table in headline.dose_tables(result).items()),
+        "Rank correlation with the level, and a test for a trend (Jonckheere-Terpstra, two-sided, cells as units):",
+        common.markdown_table(*headline.trends_table(result)),
+    ])  # fmt: skip
+
+
+def arms_section(result: dict[str, Any]) -> str:
+    return "\n\n".join([common.markdown_table(*headline.arms_table(result)), "![Arms against no feedback](figures/arms.png)"])
+
+
+def pretrained_section(result: dict[str, Any]) -> str:
+    return "\n\n".join([
+        common.markdown_table(*headline.pretrained_table(result)), "![Dose-response of the pretrained model](figures/pretrained.png)",
+    ])  # fmt: skip
+
+
+def generation_section(result: dict[str, Any]) -> str:
+    return f"{generation.title(result)}:\n\n{common.markdown_table(*generation.generation_table(result))}"
+
+
+def metric_speed_section(result: dict[str, Any]) -> str:
+    whole, settings = result["all"], result["settings"]
+    return (f"All {whole['metrics']} metrics of samples with their intervals, {settings['texts']} texts of {settings['tokens']} tokens: "
+            f"{whole['processor_seconds']:.1f} s of one core.\n\n{common.markdown_table(*metric_speed.speed_table(result))}")  # fmt: skip
+
+
+SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "overhead": overhead_section, "headline": headline_section,
+            "arms": arms_section, "pretrained": pretrained_section, "generation": generation_section,
+            "metric_speed": metric_speed_section}  # fmt: skip
+SAME_FILE = {"arms": "headline"}  # sections that show another part of a results file
+DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed")
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
     """Write the figure of every results file that there is; the paths."""
     written = []
-    for name in SECTIONS:
+    for name in SECTIONS.keys() - DRAWN_ELSEWHERE:
         result = load(name, results)
         if result is None:
             continue

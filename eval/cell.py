@@ -97,7 +97,7 @@ def describe_run(model: str | ModelPath) -> dict[str, Any] | None:
 
     Returns:
         name, path, level (a number, or [[step, level], ...]), arm, seed, architecture, axes, stability (the resolved
-        block), final (the last line of metrics.jsonl), held_out (how it was split off), data (the DataSpec).
+        block), final (the last line of metrics.jsonl), held_out (how it was split off), data (the DataSpec), git.
     """
     found = resolve_model(model) if isinstance(model, str) else model
     if found.run is None:
@@ -121,6 +121,7 @@ def describe_run(model: str | ModelPath) -> dict[str, Any] | None:
         "corpus_fingerprint": data.get("corpus_fingerprint"),
         "held_out": data.get("held_out"),
         "data": data.get("spec"),
+        "git": manifest.get("git"),
     }
 
 

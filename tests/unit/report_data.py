@@ -67,7 +67,7 @@ def write_cell(folder, name, architecture="gpt2", arm="feedback", level=0.0, see
     run = _write_run(Path(folder), name, architecture, arm, level, seed, steps) if architecture else None
     meta = {"version": 1, "id": name, "model": f"runs/{name}/final", "suite": {"name": "made up"}, "suite_fingerprint": "f" * 8,
             "seeds": [0], "run": run, "high_frequency": {"file": "high_frequency.json", "sha": "a" * 8}, "world_size": 1,
-            "device": "cpu", "versions": {"torch": "2"}, "git": None, "settings": {}}  # fmt: skip
+            "device": "cpu", "versions": {"torch": "2"}, "git": None, "settings": {}, "seconds": {"units": 1.5}}  # fmt: skip
     (cell / "cell.json").write_text(json.dumps(meta))
     (cell / "DONE").write_text("")
     return cell

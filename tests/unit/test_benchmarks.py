@@ -229,6 +229,9 @@ def test_flags_of_the_cells_are_accepted(module, cell, tmp_path, monkeypatch):
 # ---- rendering ------------------------------------------------------------------------------------------------------
 
 
+SHOWN = ("demo", "smollm2", "overhead")  # the others have tests of their own
+
+
 def dose_row(level, ratio, entropy):
     return {
         "level": level, "name": f"level {level:g}", "ratio": ratio, "ratio_error": 0.004, "worst_moving_mean": 0.01,
@@ -263,7 +266,7 @@ def results(tmp_path):
 
 
 def test_page_is_rendered_from_the_files(results):
-    page = "# Results\n\nBy hand.\n\n" + "".join(f"<!-- generated: {name} -->\nold\n<!-- end -->\n\n" for name in render.SECTIONS)
+    page = "# Results\n\nBy hand.\n\n" + "".join(f"<!-- generated: {name} -->\nold\n<!-- end -->\n\n" for name in SHOWN)
     text = render.filled(page, results)
     assert text.startswith("# Results\n\nBy hand.\n") and "old" not in text
     assert "| 0.5 | 0.503 ± 0.004 | 4.12 | 3.25 | 0.250 | 0.875 | 0.062 | 0.625 |" in text
@@ -299,7 +302,7 @@ def test_command_writes_page_and_figures_and_checks_them(results, monkeypatch, c
     assert render.main() == 1 and "out of date" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", command)
     assert render.main() == 0
-    for name in render.SECTIONS:
+    for name in render.SECTIONS.keys() - render.DRAWN_ELSEWHERE:
         assert (results.parent / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(sys, "argv", [*command, "--check"])
     assert render.main() == 0
@@ -308,7 +311,7 @@ def test_command_writes_page_and_figures_and_checks_them(results, monkeypatch, c
 def test_page_of_the_docs_has_every_section_and_is_up_to_date():
     page = render.DOCS / "results.md"
     text = page.read_text(encoding="utf-8")
-    assert [name for name in render.SECTIONS if f"<!-- generated: {name} -->" in text] == list(render.SECTIONS)
+    assert all(f"<!-- generated: {name} -->" in text for name in render.SECTIONS)
     assert render.filled(text, render.DOCS / "results") == text, "run python benchmarks/render.py"
 
 

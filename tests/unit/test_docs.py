@@ -10,6 +10,7 @@ import pytest
 
 from ds_stability.cli import build_parser
 from ds_stability.config import split_config
+from ds_stability.eval.command import run_parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("launchers/*.md")])
@@ -69,6 +70,13 @@ def commands():
                 if words:
                     found.append((page_id(page), words))
     return found
+
+
+def eval_flags():
+    """Flags of `ds-stability` and of eval/run.py."""
+    subparsers = next(action for action in build_parser()._actions if action.dest == "command")
+    parsers = [*subparsers.choices.values(), run_parser()]
+    return {flag for parser in parsers for flag in parser._option_string_actions}
 
 
 def train_commands():
@@ -137,6 +145,32 @@ def test_flags_of_train_commands_exist(words, train_parser, launcher_flags):
     train_parser.parse_args([word for word in words[place + 1 :] if word != "..."])  # raises for an unknown flag or a wrong value
 
 
+def test_flags_of_eval_commands_exist(launcher_flags):
+    found = [words for _, words in commands() if "eval/run.py" in words]
+    assert found
+    for words in found:
+        place = words.index("eval/run.py")
+        assert {word for word in words[1:place] if word.startswith("--")} <= launcher_flags
+        run_parser().parse_args(words[place + 1 :])
+
+
+def test_every_metric_of_samples_is_explained():
+    from ds_stability.eval.metrics import METRIC_NAMES
+
+    page = text_of(REPOSITORY / "docs" / "evaluation.md")
+    ranges = {"seq_rep": range(1, 5), "distinct": range(1, 5), "top": ()}
+    for name in METRIC_NAMES:
+        stem = name.rsplit("_", 1)[0]
+        explained = f"`{name}`" in page or (stem in ranges and f"`{stem}_1` to" in page) or name.startswith("top_")
+        assert explained or f"`{name.removesuffix('_reverse')}`" in page, name
+
+
+def test_every_phenomenon_is_counted():
+    from ds_stability.eval.minimal_pairs_templates import PHENOMENA
+
+    assert f"each of {len(PHENOMENA)} English phenomena" in text_of(REPOSITORY / "docs" / "evaluation.md")
+
+
 def test_train_commands_name_existing_configs():
     for page, words in commands():
         for flag in ("--deepspeed", "--config_name", "--hostfile"):
@@ -162,7 +196,7 @@ def test_other_commands_exist():
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_flags_in_the_text_exist(page, train_parser, launcher_flags):
-    known = set(train_parser._option_string_actions) | launcher_flags | FOREIGN_FLAGS
+    known = set(train_parser._option_string_actions) | launcher_flags | eval_flags() | FOREIGN_FLAGS
     unknown = set(FLAG.findall(without_fences(page))) - known
     assert not unknown
 
@@ -177,11 +211,11 @@ def test_metric_keys_in_the_text_exist(page):
 
 
 def test_every_paper_in_the_code_is_in_the_index():
-    code = [p for folder in ("ds_stability", "launchers", "benchmarks") for p in (REPOSITORY / folder).rglob("*.py")]
+    code = [p for folder in ("ds_stability", "launchers", "benchmarks", "eval") for p in (REPOSITORY / folder).rglob("*.py")]
     cited = {number for path in code for number in re.findall(r"arXiv (\d{4}\.\d{5})", text_of(path))}
     index = text_of(REPOSITORY / "docs" / "papers.md")
     assert cited and all(f"arXiv {number}" in index for number in cited), [n for n in cited if n not in index]
-    for name in re.findall(r"`((?:ds_stability|benchmarks)/[\w/]+\.py)`", index):
+    for name in re.findall(r"`((?:ds_stability|benchmarks|eval)/[\w/]+\.py)`", index):
         assert (REPOSITORY / name).exists(), name
 
 
