@@ -219,4 +219,16 @@ def _disagreements(cells: Sequence[Cell]) -> list[str]:
     sets = {json.dumps((cell.meta.get("high_frequency") or {}).get("sha")) for cell in cells}
     if len(sets) > 1:
         problems.append(f"the cells use {len(sets)} different high-frequency sets: their high-frequency shares are not comparable")
+    # Cells of one architecture and seed are compared unit by unit, and a unit is a number.
+    for fact, text in (("held_out_characters", "held-out text: what is paired by unit is not the same text"),
+                       ("train_tokens_counted", "training text: top-K shares, the high-frequency word share, KL to the training "
+                                                "unigrams and figures on training text are not comparable")):  # fmt: skip
+        found: dict[tuple, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for cell in cells:
+            texts = cell.meta.get("texts")
+            if isinstance(texts, dict) and cell.seed is not None:
+                found[cell.architecture, cell.seed][texts.get(fact)].append(cell.arm)
+        odd = sorted({arm for sizes in found.values() if len(sizes) > 1 for arm in min(sizes.values(), key=len)})
+        if odd:
+            problems.append(f"cells of one architecture and seed have different {text} (arm {', '.join(odd)} against the others)")
     return problems

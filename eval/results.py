@@ -49,7 +49,7 @@ def samples_measured(samples: Sequence[Sample], context: ScoringContext, metrics
         chosen = sorted((sample for sample in samples if sample.decoding == decoding), key=lambda sample: sample.key)
         measured += score_samples(chosen, context, None if metrics is None else list(metrics))
         if metrics is None:
-            texts = [sample.text for sample in chosen if sample.finish != "non_finite"]
+            texts = [None if sample.finish == "non_finite" else sample.text for sample in chosen]
             measured += structure_scores(texts, context.reference_texts, context.group_texts, decoding)
     return measured
 

@@ -27,6 +27,7 @@ from ds_stability.run_dir import write_atomic
 from .records import Measured, jackknife_units
 
 REPETITION_LENGTHS = (16, 32, 128)
+BATCH_PARTS = 8  # of a batch, at most: what is pooled over tokens is kept part by part, for the jackknife
 _REPETITION = [f"{kind}_l_{length}" for kind in ("rep", "wrep") for length in REPETITION_LENGTHS]
 
 
@@ -138,18 +139,21 @@ class ScoringTask:
         return [f"{index:05d}" for index in range(math.ceil(len(self.windows) / self.batch_size))]
 
     def run(self, unit: str, scratch: Path) -> list[dict[str, Any]]:
-        """One record per window: sums over its tokens. The sum of p_t over finite windows, fp64 [V], goes to `scratch`."""
+        """One record per window: sums over its tokens. The sums of p_t over the finite windows of each part of the batch, fp64
+        [parts, V], go to `scratch`."""
         first = int(unit) * self.batch_size
         batch = self.windows[first : first + self.batch_size]
         logits_BTV = padded_logits(self.loaded, [window.inputs for window in batch])
-        records, mass_V = [], np.zeros(logits_BTV.shape[-1])
-        for window, logits_TV in zip(batch, logits_BTV, strict=True):
+        parts = min(BATCH_PARTS, len(batch))
+        records, mass_PV = [], np.zeros((parts, logits_BTV.shape[-1]))
+        for place, (window, logits_TV) in enumerate(zip(batch, logits_BTV, strict=True)):
             record, window_mass_V = self._score(window, logits_TV[: len(window.targets)])
-            records.append({"unit": unit, **record})
+            part = place * parts // len(batch)
+            records.append({"unit": unit, "part": part, **record})
             if record["finite"]:
-                mass_V += window_mass_V
+                mass_PV[part] += window_mass_V
         buffer = io.BytesIO()
-        np.save(buffer, mass_V)
+        np.save(buffer, mass_PV)
         write_atomic(self.mass_path(scratch, unit), buffer.getvalue())
         return records
 
@@ -185,7 +189,7 @@ class ScoringTask:
         return {"window": window.unit, "tokens": len(predicted), "bytes": window.num_bytes, "finite": finite, **values}, mass_V
 
     def measure(self, records: list[dict[str, Any]], scratch: Path) -> list[Measured]:
-        """Figures with windows as units, and context_information with batches as units (jackknife)."""
+        """Figures with windows as units, and context_information with parts of batches as units (jackknife)."""
         figures = _Figures(self, records, scratch)
         measured = [figures.per_token("cross_entropy", "nats", "nats"), figures.per_token("predictive_entropy", "entropy", "nats"),
                     figures.calibration_gap(), figures.bits_per_byte(), figures.per_token("top1_mass", "top1_mass"),
@@ -234,15 +238,17 @@ class _Figures:
 
     def context_information(self) -> Measured:
         """H(mean p) - mean H(p_t), nats: what the model knows from context. Plug-in, pooled over all finite windows."""
-        where = self.where("nats", method="jackknife over batches", batch_size=self.task.batch_size)
-        units = sorted({record["unit"] for record in self.finite})
-        if not units:
+        where = self.where("nats", method=f"jackknife over batches in up to {BATCH_PARTS} parts", batch_size=self.task.batch_size)
+        groups = sorted({(record["unit"], record["part"]) for record in self.finite})
+        if not groups:
             return Measured.null("context_information", self.note or "no text to score", **where)
-        mass_GV = np.stack([np.load(self.task.mass_path(self.scratch, unit)) for unit in units])
-        index = {unit: place for place, unit in enumerate(units)}
+        masses = {unit: np.load(self.task.mass_path(self.scratch, unit)) for unit, _ in groups}
+        mass_GV = np.stack([masses[unit][part] for unit, part in groups])
+        units = [f"{unit}/{part}" for unit, part in groups]
+        index = {group: place for place, group in enumerate(groups)}
         sums_G2 = np.zeros((len(units), 2))  # entropy, tokens
         for record in self.finite:
-            sums_G2[index[record["unit"]]] += record["entropy"], record["tokens"]
+            sums_G2[index[record["unit"], record["part"]]] += record["entropy"], record["tokens"]
         mass_V, sums_2 = mass_GV.sum(axis=0), sums_G2.sum(axis=0)
         value = _information(mass_V, *sums_2)
         if len(units) == 1:

@@ -64,9 +64,11 @@ class Structure:
     endless: int = 0
 
     @classmethod
-    def of(cls, texts: Sequence[str]) -> "Structure":
+    def of(cls, texts: Sequence[str | None]) -> "Structure":
         result = cls()
         for text in texts:
+            if text is None:
+                continue
             lengths, loose = sentence_lengths(text)
             result.lengths.update(lengths)
             result.marks.update(punctuation_counts(text))
@@ -113,10 +115,11 @@ def _capped(lengths: Counter[int]) -> Counter[int]:
 
 
 def structure_scores(
-    texts: Sequence[str], reference_texts: Sequence[str], group_texts: int = 8, decoding: str | None = None
+    texts: Sequence[str | None], reference_texts: Sequence[str], group_texts: int = 8, decoding: str | None = None
 ) -> list[Measured]:
     """Figures of the samples `texts` of one decoding; units are groups of `group_texts` consecutive texts.
 
+    A text that is None (the model failed) counts nowhere, but keeps its place: a group is the same prompts for every model.
     Distances are pooled over all texts, with jackknife units; the references are taken as fixed. Null, with a note:
     means without a sentence end, distances without one on either side, anything about no text at all.
     """

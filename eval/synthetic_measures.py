@@ -24,7 +24,7 @@ def measure(task: "SyntheticTask", records: "list[Record]", scratch: "Path") -> 
 
 
 class _Figures:
-    """Records by kind. What is not finite is left out; the note counts it."""
+    """Records by kind. What is not finite, or longer than the context, is left out; the note counts it."""
 
     def __init__(self, task: "SyntheticTask", records: "list[Record]") -> None:
         self.task = task
@@ -33,8 +33,11 @@ class _Figures:
         for record in records:
             self.records[record["kind"]].append(record)
         for kind, found in self.records.items():
-            lost = sum(not record["finite"] for record in found)
-            self.notes[kind] = f"{lost} of {len(found)} left out: the model gave NaN or Inf" if lost else None if found else "nothing to measure"
+            cut = sum(record.get("cut", False) for record in found)
+            lost = sum(not record["finite"] for record in found) - cut
+            notes = [f"{count} of {len(found)} left out: {why}"
+                     for count, why in ((lost, "the model gave NaN or Inf"), (cut, "they do not fit into its context")) if count]  # fmt: skip
+            self.notes[kind] = "; ".join(notes) or (None if found else "nothing to measure")
             self.records[kind] = [record for record in found if record["finite"]]
 
     def mean(self, metric: str, kind: str, total: Callable | str, count: Callable | str | float = 1.0, unit: str = "nats",

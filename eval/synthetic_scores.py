@@ -260,7 +260,7 @@ class SyntheticTask:
 
     def _training(self, batch: list[list[int]]) -> list[Record]:
         return [
-            {"finite": False} if log_TV is None else _finite({
+            _unknown(log_TV, ids) or _finite({
                 "tokens": len(ids), "logprob": _taken(log_TV, ids).sum(),
                 "empirical_logprob": math.log(self.sentence_counts[tuple(ids)] / len(self.training))})
             for ids, log_TV in zip(batch, self._logprobs(batch), strict=True)]  # fmt: skip
@@ -269,8 +269,9 @@ class SyntheticTask:
         records = []
         tables = self._logprobs([[*prefix, EOS_ID] for prefix, _ in batch])
         for (prefix, following), log_TV in zip(batch, tables, strict=True):
-            if log_TV is None or len(log_TV) <= len(prefix):  # beyond the context
-                records.append({"finite": False})
+            unknown = _unknown(log_TV, [*prefix, EOS_ID])
+            if unknown:
+                records.append(unknown)
                 continue
             log_V = log_TV[len(prefix)]
             counts = np.zeros(len(log_V))
@@ -284,14 +285,20 @@ class SyntheticTask:
     def _modes(self, batch: list[tuple[list[int], float]]) -> list[Record]:
         rows = [ids for ids, _ in batch]
         return [
-            {"finite": False} if log_TV is None else
-            _finite({"logprob": _taken(log_TV, ids).sum(), "true_logprob": logprob}) | {"ids": ids}
+            _unknown(log_TV, ids) or _finite({"logprob": _taken(log_TV, ids).sum(), "true_logprob": logprob}) | {"ids": ids}
             for (ids, logprob), log_TV in zip(batch, self._logprobs(rows), strict=True)]  # fmt: skip
 
 
 def _taken(log_TV: np.ndarray, ids: Sequence[int]) -> np.ndarray:
     """log p of the tokens of `ids`, [T]."""
     return log_TV[np.arange(len(log_TV)), list(ids)[: len(log_TV)]]
+
+
+def _unknown(log_TV: np.ndarray | None, ids: Sequence[int]) -> Record | None:
+    """The record of a text whose whole probability is not known: the model failed, or the text is longer than its context."""
+    if log_TV is None:
+        return {"finite": False}
+    return {"finite": False, "cut": True} if len(log_TV) < len(ids) else None
 
 
 def _finite(values: dict[str, float]) -> Record:

@@ -132,13 +132,18 @@ def _rank_correlation(levels: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def _rho_interval(levels: Sequence[float], curve: Sequence[Draws], key: Key) -> tuple[float | None, float | None, str]:
     """Whole seeds are drawn, the same ones at every level, and units within them; [low, high] and what it leaves out."""
-    seeds = min(len(draws.values) for draws in curve)
+    shared = set.intersection(*({cell.seed for cell in draws.cells} for draws in curve))
+    if not shared:
+        return None, None, "no seed has every level: no interval"
+    # Cells are by seed: place j is the same seed at every level.
+    paired = [draws.inner[[place for place, cell in enumerate(draws.cells) if cell.seed in shared]] for draws in curve]
+    seeds = len(paired[0])
     units = min((len(cell.measured[key].units) if key in cell.measured else 1) for draws in curve for cell in draws.cells)
     if seeds < 2 and units < 2:
         return None, None, "one seed and one unit: no interval"
     resamples = curve[0].inner.shape[2]
     picks = np.random.default_rng([0, seeds]).integers(seeds, size=(resamples, seeds))
-    points = [draws.inner[picks[:, j], j, np.arange(resamples)] for draws in curve for j in range(seeds)]
+    points = [inner[picks[:, j], j, np.arange(resamples)] for inner in paired for j in range(seeds)]
     rho = _rank_correlation(np.repeat(levels, seeds), np.stack(points, axis=1))
     rho = rho[np.isfinite(rho)]
     if len(rho) < 2:

@@ -11,8 +11,9 @@ Predictions are written down before the runs, in a JSON or YAML file, a list of
       architectures: [gpt2, llama]    # optional: all that were run
       arm: feedback                   # optional: the arm of the dose-response
 
-A direction is met in an architecture if, at each of the levels, the paired difference to the baseline has a 95 % interval
-that excludes 0 on the predicted side, by the hierarchical bootstrap and by the t-interval over seeds. A bound is met where
+A direction is met in an architecture if, at each of the levels that any architecture has, the paired difference to the
+baseline has a 95 % interval that excludes 0 on the predicted side, by the hierarchical bootstrap and by the t-interval over
+seeds; arms are judged by the same rule. A bound is met where
 the value over seeds lies within it; where its interval does not, the figures say so. One seed decides nothing.
 """
 
@@ -127,6 +128,10 @@ class Facts:
     def architectures(self, arm: str | None) -> list[str]:
         return sorted({group.architecture for _, group in self.rows if group.arm == arm and group.level is not None})
 
+    def arm_levels(self, arm: str | None) -> list[float]:
+        """All levels of an arm, in whatever architecture: one that lacks a level is not judged as if there were none."""
+        return sorted({group.level for _, group in self.rows if group.arm == arm and group.level is not None})
+
     def levels(self, key: Key, architecture: str, arm: str | None) -> list[float]:
         return sorted(group.level for found, group in self.rows
                       if found == key and group[:2] == (architecture, arm) and group.level is not None)  # fmt: skip
@@ -153,7 +158,7 @@ def judge(prediction: Prediction, facts: Facts) -> Judgement:
 def _judge_direction(prediction: Prediction, facts: Facts, architecture: str, arm: str | None) -> tuple[str, str]:
     key, sign = prediction.key, -1 if prediction.direction == FALLS else 1
     trend = facts.trends.get((key, architecture, arm))
-    levels = prediction.levels or facts.levels(key, architecture, arm)
+    levels = prediction.levels or facts.arm_levels(arm)
     levels = [level for level in levels if level != facts.baseline_level]
     if trend is None or not levels:
         return UNDECIDED, f"{key} was not measured at two levels"
@@ -166,8 +171,12 @@ def _judge_direction(prediction: Prediction, facts: Facts, architecture: str, ar
         return UNDECIDED, "; ".join([*text, f"no difference at level {', '.join(f'{level:g}' for level in absent)}"])
     if any(row["difference_t_low"] is None for row in rows.values()):
         return UNDECIDED, "; ".join([*text, "one seed only: nothing is replicated"])
-    sides = [_side(row[f"difference_{kind}low"], row[f"difference_{kind}high"], sign) for row in rows.values() for kind in ("", "t_")]
-    return (MET if all(sides) else NOT_MET), "; ".join(text)
+    return (MET if all(_differs(row, sign) for row in rows.values()) else NOT_MET), "; ".join(text)
+
+
+def _differs(row: dict[str, Any], sign: int) -> bool:
+    """Whether both intervals of the paired difference, over seeds and units and over seeds alone, lie on one side of 0."""
+    return all(_side(row[f"difference_{kind}low"], row[f"difference_{kind}high"], sign) for kind in ("", "t_"))
 
 
 def _side(low: float | None, high: float | None, sign: int) -> bool:
@@ -239,13 +248,13 @@ def _relative(row: dict[str, Any] | None, reference: dict[str, Any] | None) -> f
 
 
 def concentration(entropy: dict[str, Any] | None, share: dict[str, Any] | None) -> str:
-    """By the paired differences: entropy below and high-frequency share above the baseline, intervals leaving out 0."""
-    if not entropy or not share or entropy["difference_low"] is None or share["difference_low"] is None:
+    """By the paired differences: entropy below and high-frequency share above the baseline, both intervals leaving out 0.
+
+    The bootstrap alone would say so of three seeds that have one sign by chance. One seed decides nothing.
+    """
+    if any(not row or row["difference_low"] is None or row["difference_t_low"] is None for row in (entropy, share)):
         return UNDECIDED
-    toward = [_side(entropy["difference_low"], entropy["difference_high"], -1),
-              _side(share["difference_low"], share["difference_high"], 1)]  # fmt: skip
-    away = [_side(entropy["difference_low"], entropy["difference_high"], 1),
-            _side(share["difference_low"], share["difference_high"], -1)]  # fmt: skip
+    toward, away = ([_differs(entropy, -sign), _differs(share, sign)] for sign in (1, -1))
     if any(away):
         return "mixed" if any(toward) else "spreads"
     return "yes" if all(toward) else "in part" if any(toward) else "no"
@@ -262,9 +271,11 @@ def sentences(facts: Facts, judged: Sequence[Judgement], arms: Sequence[dict[str
     others = [line for line in arms if line["group"].arm != facts.main_arm]
     if others:
         yes = sorted({line["group"].arm for line in others if line["concentrates"] == "yes"})
-        rest = sorted({line["group"].arm for line in others} - set(yes))
+        judged_arms = {line["group"].arm for line in others if line["concentrates"] != UNDECIDED}
+        rest, open_arms = sorted(judged_arms - set(yes)), sorted({line["group"].arm for line in others} - judged_arms)
         text.append(f"Besides {facts.main_arm}, arms that concentrate at some level: {', '.join(yes) or 'none'}"
-                    + (f"; arms that do not at any: {', '.join(rest)}." if rest else "."))  # fmt: skip
+                    + (f"; arms not shown to at any: {', '.join(rest)}" if rest else "")
+                    + (f"; not decidable: {', '.join(open_arms)}." if open_arms else "."))  # fmt: skip
     return [sentence for sentence in text if sentence]
 
 

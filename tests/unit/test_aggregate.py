@@ -237,3 +237,21 @@ def test_parquet_round_trip(folder, tmp_path):
     frame = aggregate.results_frame(read_evaluation(folder).cells)
     frame.to_parquet(tmp_path / "r.parquet", index=False)
     assert len(pd.read_parquet(tmp_path / "r.parquet")) == len(frame)
+
+
+def test_cells_on_different_text_are_said_to_be(tmp_path):
+    """Units go by number: the same number in another text, or another high-frequency set of words, is no pair."""
+    folder = report_data.write_evaluation(tmp_path / "e", architectures=("gpt2",), levels=(0.0, 1.0), seeds=(0,), arms=False, untouched=False)
+    places = sorted((folder / "cells").iterdir())
+
+    def problems(*facts):
+        for place, (held_out, train) in zip(places, facts, strict=True):
+            meta = json.loads((place / "cell.json").read_text())
+            meta["texts"] = {"held_out_characters": held_out, "train_tokens_counted": train}
+            (place / "cell.json").write_text(json.dumps(meta))
+        return " ".join(read_evaluation(folder).problems)
+
+    assert problems((1000, 5000), (1000, 5000)) == ""
+    assert "different held-out text" in problems((1000, 5000), (900, 5000))
+    found = problems((1000, 5000), (1000, 50))
+    assert "different training text" in found and "word share" in found and "held-out" not in found

@@ -117,3 +117,12 @@ def test_structures_add_up_and_long_sentences_share_a_cell():
     long = [" ".join(["w"] * n) + "." for n in (LONGEST, LONGEST + 50)]
     assert figures_of(long[:1], long[1:])["sentence_length_total_variation"].value == 0
     assert figures_of(long[:1], long[1:])["sentence_length_wasserstein"].value == 50
+
+
+def test_a_text_that_failed_keeps_its_place_in_the_groups():
+    """Units are paired between models: what one model could not write must not shift the groups of the others."""
+    texts = ["One two three.", "Four five.", "Six.", "Seven eight nine ten."]
+    whole = figures_of(texts, texts, group_texts=2)["sentence_length"]
+    failed = figures_of([None, *texts[1:]], texts, group_texts=2)["sentence_length"]
+    assert failed.totals.tolist() == [2.0, whole.totals[1]] and failed.counts.tolist() == [1.0, whole.counts[1]]
+    assert figures_of([None, None], texts)["texts_without_sentence_end"].value is None

@@ -284,6 +284,11 @@ def test_a_context_shorter_than_a_sentence(language, tmp_path):
     assert max(len(record["ids"]) for record in records if record["kind"] == "samples") <= 6
     assert max(record["tokens"] for record in records if record["kind"] == "truth") == 6
     assert figures["forward_kl"].value > 0
+    # Of a sentence that does not fit, the probability is not known: half of it would be too high.
+    short = [record for record in records if record["kind"] == "training" and record["finite"]]
+    assert short and max(record["tokens"] for record in short) <= 6
+    assert figures["forward_kl_corpus"].note and "do not fit" in figures["forward_kl_corpus"].note
+    assert figures["mode_mass"].value is None or all(len(record["ids"]) <= 6 for record in records if record["kind"] == "modes")
 
 
 def test_nan_gives_nulls(language, tmp_path):

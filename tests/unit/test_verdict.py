@@ -183,6 +183,49 @@ def test_what_is_missing_decides_nothing():
     assert verdict.judge(FALLS, Facts([], [], None)).outcome == UNDECIDED
 
 
+def test_a_level_that_one_architecture_lacks_is_missing_there():
+    """A cell that was never evaluated must not turn "at each level" into "at each level that there is"."""
+    facts = make_facts({ENTROPY: {"a": FALLING, "b": FALLING}})
+    del facts.rows[ENTROPY, aggregate.Group("b", "feedback", 1.0)]
+    judged = verdict.judge(FALLS, facts)
+    assert judged.outcome == UNDECIDED and "no difference at level 1" in judged.figures[1]
+
+
+def test_an_arm_concentrates_only_if_the_t_interval_agrees():
+    """Three seeds of one sign by chance (one time in four) leave out 0 in the bootstrap over seeds."""
+    arms = {"replay": {ENTROPY: FALLING, HIGH_FREQUENCY: RISING}}
+    facts = make_facts({ENTROPY: {"a": FALLING}, HIGH_FREQUENCY: {"a": RISING}}, arms=arms)
+    for key in (ENTROPY, HIGH_FREQUENCY):
+        facts.rows[key, aggregate.Group("a", "replay", 1.0)].update(difference_t_low=-9.0, difference_t_high=9.0)
+    lines = {line["group"].level: line["concentrates"] for line in verdict.arms_table(facts, [ENTROPY]) if line["group"].arm == "replay"}
+    assert lines[1.0] == "no" and lines[0.5] == "yes"
+
+
+def test_arms_of_one_seed_are_not_said_to_concentrate_or_not():
+    arms = {"replay": {ENTROPY: FALLING, HIGH_FREQUENCY: RISING}}
+    facts = make_facts({ENTROPY: {"a": FALLING}, HIGH_FREQUENCY: {"a": RISING}}, seeds=(0,), arms=arms)
+    lines = verdict.arms_table(facts, [ENTROPY])
+    assert {line["concentrates"] for line in lines} == {UNDECIDED}
+    text = " ".join(verdict.sentences(facts, [], lines))
+    assert "not shown" not in text and "not decidable: replay" in text
+
+
+def test_the_interval_of_rho_pairs_seeds_not_places():
+    """Where a level lacks a seed, the seeds that all levels have are drawn together."""
+    groups = {}
+    for level, seeds in ((0.0, (0, 1)), (1.0, (1,))):
+        cells = []
+        for seed in seeds:
+            totals = np.full(4, {(0.0, 0): 9.0, (0.0, 1): 1.0, (1.0, 1): 2.0}[level, seed]) + 0.01 * np.arange(4)
+            measured = Measured(ENTROPY.metric, list("abcd"), totals, np.ones(4))
+            row = {"value": measured.value, "n": 4, "unit": "nats", "note": None}
+            cells.append(Cell(f"{level}-{seed}", Path("x"), {}, {ENTROPY: row}, {ENTROPY: measured}, "a", "feedback", level, seed))
+        groups[aggregate.Group("a", "feedback", level)] = cells
+    found = trend.trend("a", "feedback", ENTROPY, aggregate.draw(groups, ENTROPY))
+    assert found.rho_low == found.rho_high == 1.0  # seed 1 rises; seed 0 has no partner
+    assert found.note == "one seed: interval over prompts only"
+
+
 def test_which_arms_concentrate():
     arms = {"replay": {ENTROPY: FALLING, HIGH_FREQUENCY: RISING}, "permuted": {ENTROPY: [4.0] * 5, HIGH_FREQUENCY: [0.5] * 5},
             "spreading": {ENTROPY: RISING[::-1] and [4.0, 4.2, 4.4, 4.8, 5.0], HIGH_FREQUENCY: [0.5, 0.4, 0.3, 0.2, 0.1]},
