@@ -23,7 +23,7 @@ test-slow: $(VENV)/.ready
 
 reproduce-quick: $(VENV)/.ready
 	$(VENV)/bin/ds-stability sweep reproduce_quick $(ON_TEXT)
-	$(VENV)/bin/ds-stability report evals/reproduce_quick --predictions eval/predictions.yaml
+	$(VENV)/bin/ds-stability report evals/reproduce_quick --predictions eval/predictions_quick.yaml
 
 reproduce: $(VENV)/.ready
 	$(VENV)/bin/ds-stability sweep reproduce $(ON_TEXT)

@@ -21,11 +21,11 @@ import numpy as np
 import overhead
 import torch
 import training
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
 from ds_stability.eval.decoding import DEFAULT_DECODINGS, sample_key
 from ds_stability.eval.generation import Generator, pad_left
 from ds_stability.eval.loading import DTYPES, load
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
 from ds_stability.run_dir import write_json_atomic
 
 PLAIN, GREEDY = "model.generate, greedy", "ours, greedy"

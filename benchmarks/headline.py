@@ -129,7 +129,7 @@ def group_figures(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def dose_tables(result: dict[str, Any], arm: str = "feedback") -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Architecture -> (header, rows) of the dose-response arm; values with 95 % intervals over seeds, then units."""
+    """Architecture -> (header, rows) of the dose-response arm; values with 95 % intervals over seeds and units."""
     tables = {}
     for architecture in dict.fromkeys(row["architecture"] for row in result["rows"] if row["arm"] == arm):
         rows = [row for row in result["rows"] if row["arm"] == arm and row["architecture"] == architecture]

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple  # noqa: E402
 
 import common  # noqa: E402
 import numpy as np  # noqa: E402
+
 from ds_stability.eval.intervals import row  # noqa: E402
 from ds_stability.eval.metrics import DISTINCT, METRIC_NAMES, REPETITION  # noqa: E402
 from ds_stability.eval.metrics.diversity import measure_entropy  # noqa: E402
@@ -35,7 +36,6 @@ from ds_stability.eval.metrics.layout import SUBSAMPLE_TEXTS, Layout  # noqa: E4
 from ds_stability.eval.metrics.pools import make_pools  # noqa: E402
 from ds_stability.eval.metrics.score_samples import score_samples  # noqa: E402
 from ds_stability.eval.records import Sample, ScoringContext  # noqa: E402
-
 from ds_stability.run_dir import write_json_atomic  # noqa: E402
 
 VOCABULARY, PER_PROMPT, SEED = 8000, 8, 0

@@ -1,9 +1,10 @@
 """From cells to groups: architecture x arm x level over training seeds, with intervals, and differences to the baseline.
 
-Seeds are the unit of replication; units (prompts, documents, groups of texts) are nested in them. A resample draws seeds
-with replacement and, within each drawn seed, units with replacement (hierarchical bootstrap; Davison and Hinkley 1997,
-section 3.8). The same random draws serve every cell, so that a difference between two cells is paired by seed and unit,
-and the draws of all levels together give the intervals of a trend.
+Seeds are the unit of replication. A resample draws seeds with replacement, and units (prompts, documents, groups of texts)
+with replacement, once for all seeds: the seeds of a sweep share their prompts and held-out text, so that seeds and units are
+crossed, and drawing units anew for each seed would take the texts' own effects for noise that averages out (Owen 2007, the
+pigeonhole bootstrap). The same draws serve every cell: a difference between two cells is paired by seed and unit, and the
+draws of all levels together give the intervals of a trend.
 
 With S seeds, resampling seeds makes an interval too narrow by about sqrt((S - 1) / S); the t-interval over seeds beside it
 has no such flaw, but knows nothing of the prompts.
@@ -42,7 +43,7 @@ class Draws:
 
     Attributes:
         cells: that have the figure, by seed. values: theirs, [seeds]. draws: of the group's value, [resamples].
-        inner: of each seed, [seeds, draws per seed, resamples]; what `draws` averages over.
+        inner: of each seed, [seeds, resamples]; what `draws` averages over.
     """
 
     cells: list[Cell]
@@ -108,28 +109,28 @@ def baseline_of(group: Group, groups: Sequence[Group], level: float) -> Group | 
 
 
 @lru_cache(maxsize=4)
-def _weights(units: int, repeats: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each unit is drawn, [repeats * resamples, units]; the same for every cell with as many units."""
-    generator = np.random.default_rng([seed, units, repeats])
-    return generator.multinomial(units, np.full(units, 1.0 / units), size=repeats * resamples).astype(np.float64)
+def _weights(units: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each unit is drawn, [resamples, units]; the same for every cell with as many units."""
+    generator = np.random.default_rng([seed, units])
+    return generator.multinomial(units, np.full(units, 1.0 / units), size=resamples).astype(np.float64)
 
 
 @lru_cache(maxsize=16)
-def _picks(seeds: int, resamples: int, seed: int) -> np.ndarray:
+def seed_picks(seeds: int, resamples: int, seed: int) -> np.ndarray:
     """Which seeds a resample draws, [resamples, seeds]."""
     return np.random.default_rng([seed, seeds]).integers(seeds, size=(resamples, seeds))
 
 
-def _inner(measured: Sequence[Measured], repeats: int, resamples: int, seed: int) -> np.ndarray:
-    """Values of each Measured over resampled units, [measured, repeats, resamples]; all have equally many units."""
+def _inner(measured: Sequence[Measured], resamples: int, seed: int) -> np.ndarray:
+    """Values of each Measured over resampled units, [measured, resamples]; all have equally many units."""
     totals, counts = (np.stack([getattr(item, name) for item in measured], axis=1) for name in ("totals", "counts"))
     if len(totals) > MAX_UNITS:
         first = np.arange(MAX_UNITS) * len(totals) // MAX_UNITS
         totals, counts = (np.add.reduceat(array, first, axis=0) for array in (totals, counts))
-    weights = _weights(len(totals), repeats, resamples, seed)
+    weights = _weights(len(totals), resamples, seed)
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample of empty units has no value: nan, left out later
         values = (weights @ totals) / (weights @ counts)
-    return values.T.reshape(len(measured), repeats, resamples)
+    return values.T
 
 
 def _units(cell: Cell, key: Key) -> Measured:
@@ -138,30 +139,28 @@ def _units(cell: Cell, key: Key) -> Measured:
     return found if found is not None else Measured(key.metric, ["all"], [cell.rows[key]["value"]], [1.0])
 
 
-def _average(inner: np.ndarray, seed: int) -> np.ndarray:
-    """Draws of the mean over seeds, [resamples]: seeds drawn with replacement, each with units drawn for itself."""
-    seeds, _, resamples = inner.shape
-    picks = _picks(seeds, resamples, seed)
-    return np.stack([inner[picks[:, j], j, np.arange(resamples)] for j in range(seeds)]).mean(axis=0)
+def average(inner: np.ndarray, seed: int) -> np.ndarray:
+    """Draws of the mean over seeds, [resamples]: seeds drawn with replacement, all with the units of the resample."""
+    picks = seed_picks(*inner.shape, seed)
+    return np.stack([inner[picks[:, j], np.arange(inner.shape[1])] for j in range(len(inner))]).mean(axis=0)
 
 
 def draw(groups: dict[Group, list[Cell]], key: Key, resamples: int = RESAMPLES, seed: int = 0) -> dict[Group, Draws]:
     """Resampled values of one figure, of each group that has it."""
     having = {group: [cell for cell in cells if cell.value(key) is not None] for group, cells in groups.items()}
-    repeats = max((len(cells) for cells in having.values()), default=1) or 1
     by_size: dict[int, list[Cell]] = defaultdict(list)
     for cells in having.values():
         for cell in cells:
             by_size[len(_units(cell, key).units)].append(cell)
     inner: dict[str, np.ndarray] = {}
     for cells in by_size.values():  # one matrix product for all cells with as many units
-        drawn = _inner([_units(cell, key) for cell in cells], repeats, resamples, seed)
+        drawn = _inner([_units(cell, key) for cell in cells], resamples, seed)
         inner |= {cell.id: values for cell, values in zip(cells, drawn, strict=True)}
     result = {}
     for group, cells in having.items():
         if cells:
             stacked = np.stack([inner[cell.id] for cell in cells])
-            result[group] = Draws(cells, np.array([cell.value(key) for cell in cells]), _average(stacked, seed), stacked)
+            result[group] = Draws(cells, np.array([cell.value(key) for cell in cells]), average(stacked, seed), stacked)
     return result
 
 
@@ -176,7 +175,7 @@ def difference(group: Draws, base: Draws, key: Key, seed: int = 0) -> Draws | No
         return None
     cells, values, inner = zip(*kept, strict=True)
     stacked = np.stack(inner)
-    return Draws([group.cells[i] for i in cells], np.array(values), _average(stacked, seed), stacked)
+    return Draws([group.cells[i] for i in cells], np.array(values), average(stacked, seed), stacked)
 
 
 def _pair(group: Draws, i: int, base: Draws, j: int, key: Key, seed: int) -> tuple[float | None, np.ndarray]:
@@ -187,7 +186,7 @@ def _pair(group: Draws, i: int, base: Draws, j: int, key: Key, seed: int) -> tup
     restricted = [_restrict(item, common) for item in (one, two)]
     if not common or restricted[0].value is None or restricted[1].value is None:
         return None, np.empty(0)
-    drawn = _inner(restricted, *group.inner.shape[1:], seed)
+    drawn = _inner(restricted, group.inner.shape[1], seed)
     return restricted[0].value - restricted[1].value, drawn[0] - drawn[1]
 
 
@@ -264,11 +263,16 @@ def _value_columns(draws: Draws, key: Key, note: str, unit: str | None) -> dict[
         "seeds": len(draws.values), "value": draws.value, "ci_low": low, "ci_high": high,
         "t_low": t_low, "t_high": t_high,
         "sd": float(draws.values.std(ddof=1)) if len(draws.values) > 1 else None,
-        "stderr": float(finite.std(ddof=1)) if low is not None else None,
+        "stderr": float(finite.std(ddof=1)) * _few(len(draws.values)) if low is not None else None,
         "n": None if None in counts else float(sum(counts)),
         "units": sum(len(_units(cell, key).units) for cell in draws.cells),
         "note": "; ".join(filter(None, [why, note])),
     }  # fmt: skip
+
+
+def _few(seeds: int) -> float:
+    """The spread of resamples underestimates that of samples by (seeds - 1) / seeds in the variance."""
+    return (seeds / (seeds - 1)) ** 0.5 if seeds > 1 else 1.0
 
 
 def _difference_columns(group: Group, drawn: dict[Group, Draws], key: Key, baseline_level: float, seed: int) -> dict[str, Any]:

@@ -11,18 +11,15 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ds_stability.errors import UserError
-
 from .decoding import Decoding, next_tokens, token_scores, uniform_numbers
 from .kv_cache import right_sized_cache
-from .records import Prompt
 
 SCORE_ELEMENTS = 2**26  # logits of one scoring pass: 256 MiB in fp32
 DEAD_BEAM = -1e6  # below any real beam, and above the -1e9 by which the beam search marks a beam that is not there
@@ -85,7 +82,7 @@ class Generator:
         """Continue all prompts as one batch.
 
         Args:
-            prompts: token ids, at least one each (see `check_prompts`).
+            prompts: token ids, at least one each.
             uniforms_BN: numbers in [0, 1), [B, at least max_new_tokens]; sampling only.
             max_new_tokens: the cap, end token included.
         """
@@ -255,33 +252,3 @@ def _own_generation_config(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = saved
-
-
-def check_prompts(
-    prompts: Sequence[Prompt], context_length: int | None, max_new_tokens: int, bos_id: int | None = None
-) -> list[Prompt]:
-    """The prompts as they can be continued: one without a token becomes the BOS token, where the tokenizer has one.
-
-    Args:
-        context_length: positions of the model; None: it names no limit.
-
-    Raises:
-        UserError: no prompt, an empty one without a BOS token, or one that leaves no room for `max_new_tokens`.
-    """
-    if not prompts:
-        raise UserError("prompts: there is none; check prompts.count and the prompt file or held-out text of the suite")
-    checked = []
-    for prompt in prompts:
-        if not prompt.token_ids:
-            if bos_id is None:
-                raise UserError(f"prompt {prompt.index}: is empty, and the tokenizer has no BOS token to start from; remove "
-                                "it from the prompts")  # fmt: skip
-            prompt = replace(prompt, token_ids=(bos_id,))
-        checked.append(prompt)
-    longest = max(checked, key=lambda prompt: len(prompt.token_ids))
-    room = math.inf if context_length is None else context_length - max_new_tokens
-    if len(longest.token_ids) > room:
-        raise UserError(f"prompt {longest.index}: {len(longest.token_ids)} tokens and max_new_tokens {max_new_tokens} do not fit "
-                        f"into the model's context of {context_length}; shorten the prompts (prompts.tokens) or lower "
-                        "max_new_tokens")  # fmt: skip
-    return checked

@@ -13,6 +13,7 @@ from ds_stability.errors import UserError
 from .decoding import Decoding, sample_key
 from .generation import Generated
 from .records import Measured, Prompt, Sample, ScoringContext
+from .results import samples_measured
 
 
 class TextSource(Protocol):
@@ -38,7 +39,7 @@ class GenerationTask:
     Args:
         generator: generation.Generator, or another backend (backends.make_backend).
         tokenizer: decodes the texts.
-        prompts: as generation.check_prompts returns them.
+        prompts: at least one token each, with room for `max_new_tokens` in the context (texts.check_context).
         decodings: sampled ones give `samples_per_prompt` texts per prompt and seed, the others one text per prompt, which
             has nothing to do with a seed and carries the first.
         seeds: sampling seeds. The texts of a seed do not depend on which other seeds stand beside it.
@@ -116,13 +117,7 @@ class GenerationTask:
 
     def measure(self, records: Sequence[dict[str, Any]], scratch: Path) -> list[Measured]:
         """The metrics of every decoding, in the order of the suite; the texts of one prompt are one unit."""
-        from .metrics.score_samples import score_samples
-
-        samples = [Sample.from_dict(record) for record in records]
-        measured = []
-        for name in self.decodings:
-            measured += score_samples([sample for sample in samples if sample.decoding == name], self.context, self.metrics)
-        return measured
+        return samples_measured([Sample.from_dict(record) for record in records], self.context, self.metrics)
 
 
 def _check_unique(what: str, values: list[Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 FINISH_REASONS = ("eos", "length", "non_finite")
+Bigrams = tuple[np.ndarray, np.ndarray]  # pairs int64 [R, 2], counts int64 [R]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Measured:
         unit: unit of the value ("nats", "bits", "share", ...).
         settings: whatever fixes the figure: n of n-grams, group size, alpha, method.
         note: why there is no value, or what to know about it.
+        n: what was counted, where the counts do not say it (pseudo-values of a jackknife).
     """
 
     metric: str
@@ -88,6 +90,7 @@ class Measured:
     unit: str = "share"
     settings: dict[str, Any] = field(default_factory=dict)
     note: str | None = None
+    n: int | None = None
 
     def __post_init__(self) -> None:
         self.totals = np.asarray(self.totals, dtype=np.float64).reshape(-1)
@@ -139,6 +142,7 @@ class ScoringContext:
         high_frequency_words: the same rule applied to words of the training text, or None.
         references: human texts of the same kind, as token ids and as text, of about the samples' length.
         training_unigrams: counts of the training corpus' tokens, int64 [vocab_size], or None.
+        training_bigrams: pairs of tokens that follow each other in a training text, in rising order, and how often; or None.
         group_texts: texts of a disjoint group, for what shrinks with size.
         seed: of the stated subsamples.
     """
@@ -150,6 +154,7 @@ class ScoringContext:
     reference_ids: tuple[tuple[int, ...], ...] = ()
     reference_texts: tuple[str, ...] = ()
     training_unigrams: np.ndarray | None = None
+    training_bigrams: Bigrams | None = None
     group_texts: int = 8
     seed: int = 0
 

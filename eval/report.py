@@ -121,7 +121,7 @@ def draw_figures(analysis: Analysis) -> list[report_figures.Picture]:
               for key, rows in by_key.items()}  # fmt: skip
     pictures = []
     head = [key for key in HEADLINE if key in panels] or list(panels)[:8]
-    interval = "Bars: 95 % intervals over seeds, then prompts; small dots: single seeds."
+    interval = "Bars: 95 % intervals over seeds and prompts; small dots: single seeds."
     if head:
         pictures.append(report_figures.dose_response(
             "headline", f"Dose-response of the headline measures. {interval}", [panels[key] for key in head],

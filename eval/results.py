@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cell import SAMPLES
 from .records import Measured, Prompt, Sample, ScoringContext, Task, jackknife_units
 from .suite import REFERENCE, Suite
 from .work import Records
@@ -18,10 +17,7 @@ def all_measured(tasks: Sequence[Task], records: Mapping[str, Records], scratch:
     """The figures of all tasks, in order; then those of the human continuations, and the memorization gap."""
     measured: list[Measured] = []
     for task in tasks:
-        if task.name == SAMPLES:
-            measured += samples_measured(list(map(Sample.from_dict, records[SAMPLES])), context, suite.metrics)
-        else:
-            measured += task.measure(records[task.name], scratch / task.name)
+        measured += task.measure(records[task.name], scratch / task.name)
     measured += samples_measured(reference_samples(prompts, suite.max_new_tokens), context, suite.metrics)
     gap = memorization_gap(measured)
     return measured if gap is None else [*measured, gap]
@@ -73,7 +69,8 @@ def memorization_gap(measured: Sequence[Measured]) -> Measured | None:
         return Measured(GAP, ["0"], [value], [1.0], **where)
     totals, counts = jackknife_units(value, without)
     where["settings"]["groups"] = groups
-    return Measured(GAP, [str(group) for group in range(groups)], totals, counts, **where)
+    n = int(min(held_out.counts.sum(), train.counts.sum()))  # bytes of the shorter
+    return Measured(GAP, [str(group) for group in range(groups)], totals, counts, **where, n=n)
 
 
 def _without(figure: Measured, group: int, groups: int) -> float:

@@ -21,10 +21,9 @@ from ds_stability.console import agree, quiet_libraries, run_script
 
 quiet_libraries()
 
+from ds_stability.errors import UserError  # noqa: E402
 from ds_stability.eval.command import check, run_parser  # noqa: E402
 from ds_stability.eval.suite import Suite  # noqa: E402
-
-from ds_stability.errors import UserError  # noqa: E402
 
 SEEN_SECONDS = 10.0  # a network file system may show a new file late
 
@@ -92,7 +91,6 @@ def plan_cells(args: Any, suite: Suite, device_kind: str) -> list[Plan]:
     from ds_stability.eval.loading import fingerprint
     from ds_stability.eval.tasks import files_fingerprint
     from ds_stability.eval.texts import TextSource
-
     from ds_stability.run_dir import RunDir
 
     if suite.downstream.tasks:
@@ -161,7 +159,6 @@ def evaluate(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any) -> Non
 def describe_cell(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any, texts: dict, seconds: dict) -> dict[str, Any]:
     """cell.json: what was evaluated, how, on what, and how long it took."""
     from ds_stability.eval.cell import CELL_VERSION, describe_run, high_frequency_file
-
     from ds_stability.run_dir import git_revision, package_versions, utc_now
 
     file = high_frequency_file(plan.model, args.reference_file)
@@ -182,6 +179,7 @@ def main(argv: list[str]) -> None:
     suite = Suite.load(args.suite).changed(dtype=args.dtype, backend=args.backend)
 
     import torch  # after the checks of what was typed, which take no time
+
     from ds_stability.eval.ranks import Ranks
     from ds_stability.eval.tasks import find_place
 

@@ -78,6 +78,7 @@ def scoring_context(loaded: Any, frequent: HighFrequencySet | None, texts: Texts
         reference_ids=texts.reference_ids,
         reference_texts=texts.reference_texts,
         training_unigrams=texts.training_unigrams,
+        training_bigrams=texts.training_bigrams,
     )
 
 
@@ -93,7 +94,7 @@ def build_tasks(suite: Suite, loaded: Any, texts: Texts, args: Any, context: Sco
     tasks: list[Task] = []
     if decodings:
         tasks.append(GenerationTask(generator, loaded.tokenizer, list(texts.prompts), decodings, args.seeds,
-                                    suite.samples_per_prompt, suite.max_new_tokens, suite.batch_size, context))  # fmt: skip
+                                    suite.samples_per_prompt, suite.max_new_tokens, suite.batch_size, context, suite.metrics))  # fmt: skip
     for split, documents, windows in (("held_out", texts.held_out, suite.text.held_out_windows),
                                       ("train", texts.train, suite.text.train_windows)):  # fmt: skip
         if documents and windows:

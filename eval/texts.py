@@ -25,7 +25,7 @@ from ds_stability.data.tokens import encode_documents
 from ds_stability.errors import UserError
 
 from .prompts import Cut, cut_prompts, prompts_from_file
-from .records import Prompt
+from .records import Bigrams, Prompt
 from .suite import Suite
 
 # Enough for any suite; a corpus of terabytes is not read to its end for an evaluation.
@@ -138,7 +138,7 @@ class Texts:
     Attributes:
         held_out, train: documents as text.
         references: human continuations other than those of the prompts, as (ids, text), for comparison.
-        training_unigrams: int64 [vocab_size], special tokens not counted; None without training text.
+        training_unigrams, training_bigrams: as in records.ScoringContext; None without training text.
         high_frequency_words: the words that make up half of the training text; None without any.
         facts: sizes and notes for cell.json.
     """
@@ -149,6 +149,7 @@ class Texts:
     reference_ids: tuple[tuple[int, ...], ...] = ()
     reference_texts: tuple[str, ...] = ()
     training_unigrams: np.ndarray | None = None
+    training_bigrams: Bigrams | None = None
     high_frequency_words: tuple[str, ...] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -188,7 +189,7 @@ def make_texts(source: TextSource, suite: Suite, tokenizer: Any, vocab_size: int
     prompts, references = _prompts(suite, held_out_texts, tokenizer)
     check_context(prompts, suite, context_length)
     kept = references or [prompt for prompt in prompts if prompt.reference_ids]
-    train_texts, unigrams = _trained(train_texts, source.trained_tokens, tokenizer, vocab_size)
+    train_texts, unigrams, bigrams = _trained(train_texts, source.trained_tokens, tokenizer, vocab_size)
     words = high_frequency_words(train_texts) if train_texts else None
     facts = {
         "prompts": len(prompts), "prompts_asked": suite.prompts.count, "references": len(kept),
@@ -199,7 +200,7 @@ def make_texts(source: TextSource, suite: Suite, tokenizer: Any, vocab_size: int
         "high_frequency_words": None if words is None else len(words),
     }  # fmt: skip
     return Texts(tuple(prompts), tuple(held_out_texts), tuple(train_texts), tuple(p.reference_ids for p in kept),
-                 tuple(p.reference_text for p in kept), unigrams, words, facts)  # fmt: skip
+                 tuple(p.reference_text for p in kept), unigrams, bigrams, words, facts)  # fmt: skip
 
 
 def _prompts(suite: Suite, held_out: list[str], tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
@@ -248,10 +249,11 @@ def document_text(document: Document, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(document.messages, tokenize=False)
 
 
-def _trained(texts: list[str], limit: int | None, tokenizer: Any, vocab_size: int) -> tuple[list[str], np.ndarray | None]:
-    """(the texts up to `limit` tokens, counts of their tokens without special ones or None)."""
+def _trained(texts: list[str], limit: int | None, tokenizer: Any, vocab_size: int) -> tuple[list[str], np.ndarray | None, Bigrams | None]:
+    """(the texts up to `limit` tokens, counts of their tokens without special ones or None, likewise of pairs in a text)."""
     if not texts:
-        return [], None
+        return [], None, None
+    pairs: list[np.ndarray] = []
     counts, kept, left = np.zeros(vocab_size, dtype=np.int64), [], limit
     special = np.array(special_token_ids(tokenizer))
     for text, encoded in zip(texts, encode_documents(_documents(texts), tokenizer), strict=False):
@@ -259,13 +261,17 @@ def _trained(texts: list[str], limit: int | None, tokenizer: Any, vocab_size: in
         if left is not None and len(ids) > left:
             ids = ids[:left]
             text = tokenizer.decode(ids, skip_special_tokens=True)
-        counts += np.bincount(ids[~np.isin(ids, special)], minlength=vocab_size)[:vocab_size]
+        usual = ~np.isin(ids, special) & (ids < vocab_size)
+        counts += np.bincount(ids[usual], minlength=vocab_size)
+        both = usual[:-1] & usual[1:]
+        pairs.append(ids[:-1][both].astype(np.int64) * vocab_size + ids[1:][both])
         kept.append(text)
         if left is not None:
             left -= len(ids)
             if left <= 0:
                 break
-    return [text for text in kept if text], counts
+    keys, times = np.unique(np.concatenate(pairs), return_counts=True)
+    return [text for text in kept if text], counts, (np.stack(np.divmod(keys, vocab_size), axis=1), times)
 
 
 def high_frequency_words(texts: Iterable[str], coverage: float = COVERAGE) -> tuple[str, ...]:

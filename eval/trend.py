@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .aggregate import Draws, Group, difference, interval
+from .aggregate import Draws, Group, difference, interval, seed_picks
 from .report_cells import Key
 
 PERMUTATIONS = 9999
@@ -40,7 +40,7 @@ class Trend:
     """Dose-response of one figure in one architecture.
 
     Attributes:
-        rho, rho_low, rho_high: Spearman's rho of (level, value) over the cells, 95 % interval over seeds, then units.
+        rho, rho_low, rho_high: Spearman's rho of (level, value) over the cells, 95 % interval over seeds and units.
         p: two-sided Jonckheere-Terpstra test of a trend over the ordered levels; `method` says how it was computed.
         direction: of the mean from the lowest to the highest level, by rho: "falls", "rises" or "flat".
         monotone: whether the means never turn back; `reversals` are the places where they do.
@@ -141,9 +141,9 @@ def _rho_interval(levels: Sequence[float], curve: Sequence[Draws], key: Key) -> 
     units = min((len(cell.measured[key].units) if key in cell.measured else 1) for draws in curve for cell in draws.cells)
     if seeds < 2 and units < 2:
         return None, None, "one seed and one unit: no interval"
-    resamples = curve[0].inner.shape[2]
-    picks = np.random.default_rng([0, seeds]).integers(seeds, size=(resamples, seeds))
-    points = [inner[picks[:, j], j, np.arange(resamples)] for inner in paired for j in range(seeds)]
+    resamples = curve[0].inner.shape[1]
+    picks = seed_picks(seeds, resamples, 0)
+    points = [inner[picks[:, j], np.arange(resamples)] for inner in paired for j in range(seeds)]
     rho = _rank_correlation(np.repeat(levels, seeds), np.stack(points, axis=1))
     rho = rho[np.isfinite(rho)]
     if len(rho) < 2:

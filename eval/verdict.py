@@ -12,7 +12,7 @@ Predictions are written down before the runs, in a JSON or YAML file, a list of
       arm: feedback                   # optional: the arm of the dose-response
 
 A direction is met in an architecture if, at each of the levels that any architecture has, the paired difference to the
-baseline has a 95 % interval that excludes 0 on the predicted side, by the hierarchical bootstrap and by the t-interval over
+baseline has a 95 % interval that excludes 0 on the predicted side, by the bootstrap over seeds and units and by the t-interval over
 seeds; arms are judged by the same rule. A bound is met where
 the value over seeds lies within it; where its interval does not, the figures say so. One seed decides nothing.
 """

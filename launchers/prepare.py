@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_stability.launchers.arguments import Command
-from ds_stability.launchers.setup_model import load_config, load_tokenizer
-
 from ds_stability.data import load_blocks
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
 from ds_stability.data.tokenizer import tokenizer_hash
 from ds_stability.errors import UserError
+from ds_stability.launchers.arguments import Command
+from ds_stability.launchers.setup_model import load_config, load_tokenizer
 from ds_stability.run_dir import write_atomic, write_json_atomic
 
 RECORD = "prepared.json"

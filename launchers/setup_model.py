@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from ds_stability.launchers.arguments import Command, TrainArguments
 
 from ds_stability.data.packing import check_block_size, check_vocabulary, packing_problem
 from ds_stability.data.readers import read_documents
 from ds_stability.data.tokenizer import train_bpe
 from ds_stability.errors import UserError
+from ds_stability.launchers.arguments import Command, TrainArguments
 
 
 def load_config(command: Command) -> Any:

@@ -7,8 +7,6 @@ import os
 from typing import Any
 
 import torch.distributed as dist
-from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
-from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
 from transformers import TrainerCallback
 
 from ds_stability import engine_of
@@ -16,6 +14,8 @@ from ds_stability.console import agree
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
 from ds_stability.data.tokenizer import tokenizer_hash
 from ds_stability.errors import UserError
+from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
+from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
 from ds_stability.probe import Probe, prompts_from_blocks, prompts_from_file
 from ds_stability.run_dir import RunDir, build_manifest, check_output_dir
 

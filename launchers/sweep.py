@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ds_stability.errors import UserError
 from ds_stability.launchers.locks import TRAIN_LOCK, is_locked
 from ds_stability.launchers.prepare import makes_tokenizer, prepare
 from ds_stability.launchers.sweep_check import check_cells
@@ -20,8 +21,6 @@ from ds_stability.launchers.sweep_hosts import EVAL_SCRIPT, TRAIN_SCRIPT, Hosts,
 from ds_stability.launchers.sweep_plan import Cell, Plan
 from ds_stability.launchers.sweep_progress import Progress, clock, last_step
 from ds_stability.launchers.sweep_values import flag_words
-
-from ds_stability.errors import UserError
 from ds_stability.run_dir import write_json_atomic
 
 WAIT_SECONDS = 2  # between looks at what another process does

@@ -4,13 +4,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command, parse_command
 from ds_stability.launchers.prepare import check_comparable
 from ds_stability.launchers.setup_model import load_config
 from ds_stability.launchers.sweep_plan import Cell, Plan
 from ds_stability.launchers.sweep_values import flag_words
-
-from ds_stability.errors import UserError
 from ds_stability.run_dir import write_json_atomic
 
 STAND_IN = '{"step": 1, "stability/gain": 0.0}\n'  # passes the checks of files that are read, such as a replayed metrics.jsonl

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_stability.errors import UserError
 from ds_stability.launchers.locks import TRAIN_LOCK, is_locked, try_lock
 from ds_stability.launchers.sweep_hosts import clear_after_kill
 from ds_stability.launchers.sweep_plan import Cell, Plan
-
-from ds_stability.errors import UserError
 from ds_stability.run_dir import RunDir, utc_now, write_json_atomic
 
 VERSION = 1

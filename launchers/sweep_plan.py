@@ -35,6 +35,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from ds_stability.deepspeed_config import load_ds_config
+from ds_stability.errors import UserError
 from ds_stability.launchers.sweep_values import (
     BLOCK,
     BLOCK_FLAGS,
@@ -51,9 +54,6 @@ from ds_stability.launchers.sweep_values import (
     same,
 )
 from ds_stability.launchers.sweep_yaml import check_keys, load_document, mapping, read_yaml
-
-from ds_stability.deepspeed_config import load_ds_config
-from ds_stability.errors import UserError
 from ds_stability.schedule import parse_level_flag
 
 MAIN_ARM = "main"

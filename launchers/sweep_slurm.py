@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ds_stability.errors import UserError
 from ds_stability.launchers.sweep import Outcome, Sweep
 from ds_stability.launchers.sweep_folder import SweepFolder
 from ds_stability.launchers.sweep_hosts import Hosts
 from ds_stability.launchers.sweep_plan import Cell, Plan
-
-from ds_stability.errors import UserError
 
 POLL_SECONDS = 2
 CANCEL_SECONDS = 60

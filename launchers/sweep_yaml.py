@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ds_stability.launchers.sweep_values import BLOCK_FLAGS, PACKAGE, axis_name
 
 from ds_stability.config_errors import did_you_mean
 from ds_stability.errors import UserError
+from ds_stability.launchers.sweep_values import BLOCK_FLAGS, PACKAGE, axis_name
 
 TOP_KEYS = ("name", "recipe", "num_gpus", "flags", "grid", "arms", "exclude", "evaluate")
 LIST_FLAGS = ("train_file", "validation_file", "lora_target_modules")

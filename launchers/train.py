@@ -22,16 +22,6 @@ quiet_libraries()
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
-from ds_stability.launchers.setup_model import build_model, load_config, load_tokenizer  # noqa: E402
-from ds_stability.launchers.setup_run import (  # noqa: E402
-    RunCallback,
-    finish_run,
-    high_frequency,
-    require_same_run,
-    run_identity,
-    start_run,
-)
 from transformers import Trainer, default_data_collator, set_seed  # noqa: E402
 
 from ds_stability import engine_of  # noqa: E402
@@ -42,6 +32,16 @@ from ds_stability.errors import UserError  # noqa: E402
 from ds_stability.export import check_exportable, export_model  # noqa: E402
 from ds_stability.gathered import base_model  # noqa: E402
 from ds_stability.integrations.transformers import enable  # noqa: E402
+from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
+from ds_stability.launchers.setup_model import build_model, load_config, load_tokenizer  # noqa: E402
+from ds_stability.launchers.setup_run import (  # noqa: E402
+    RunCallback,
+    finish_run,
+    high_frequency,
+    require_same_run,
+    run_identity,
+    start_run,
+)
 from ds_stability.run_dir import RunDir  # noqa: E402
 
 

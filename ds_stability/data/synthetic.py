@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from .synthetic_grammar import (
-    END_GROUP, GRAMMAR_VERSION, START, GrammarSize, Symbol, expand, make_words, verb_orders, zipf,
+    END_GROUP,
+    GRAMMAR_VERSION,
+    START,
+    GrammarSize,
+    Symbol,
+    expand,
+    make_words,
+    verb_orders,
+    zipf,
 )
 from .tokenizer import SPECIAL_TOKENS, UNKNOWN, word_tokenizer
 

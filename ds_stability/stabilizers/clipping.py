@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-
 MAX_LOG_THRESHOLD = 80.0  # below the largest fp32 number, 88.7
 
 

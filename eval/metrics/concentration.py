@@ -106,11 +106,14 @@ def mass_covered(reference: Empirical, pool: PoolCounts) -> np.ndarray:
     return (pool.counts > 0) @ reference.counts_of(pool.keys) / reference.counts.sum()
 
 
-def reference_grams(layout: Layout, n: int, base: int) -> tuple[Empirical | None, str]:
-    """What outputs are compared with, and its name: unigrams of the training text if known, else of the references."""
+def reference_grams(layout: Layout, n: int, base: int, training: bool = True) -> tuple[Empirical | None, str]:
+    """What outputs are compared with, and its name: n-grams of the training text if asked for and known, else of the references."""
     vocabulary = layout.context.vocab_size - len(set(layout.context.special_ids) & set(range(layout.context.vocab_size)))
     cells, alpha = float(vocabulary) ** n, ALPHA / vocabulary ** (n - 1)
-    if n == 1 and layout.context.training_unigrams is not None:
+    if training and n == 2 and layout.context.training_bigrams is not None:
+        (pairs, counts), source = layout.context.training_bigrams, "training text"
+        keys = pairs[:, 0] * base + pairs[:, 1]  # base is at least the vocabulary's size: the order stays
+    elif training and n == 1 and layout.context.training_unigrams is not None:
         counts = np.asarray(layout.context.training_unigrams, dtype=np.float64).copy()
         counts[[i for i in layout.context.special_ids if 0 <= i < len(counts)]] = 0
         keys, source = np.flatnonzero(counts), "training text"
@@ -142,7 +145,7 @@ def measure_divergence(layout: Layout, pools: Pools) -> list[Measured]:
 
 
 def _coverage(layout: Layout, pools: Pools) -> Measured:
-    reference, _ = reference_grams(layout, COVERAGE_N, pools.base)
+    reference, _ = reference_grams(layout, COVERAGE_N, pools.base, training=False)
     if reference is None:
         return layout.null("mode_coverage", f"no {COVERAGE_N}-grams to compare with: give references")
     settings = {"n": COVERAGE_N, "reference_grams": int(reference.counts.sum())}

@@ -175,10 +175,11 @@ class Layout:
         return Measured(metric, list(range(self.blocks)), totals_B, counts_B, decoding=self.decoding, unit=unit,
                         settings=settings)  # fmt: skip
 
-    def jackknife(self, metric: str, value: float, without: np.ndarray, unit: str, settings: dict[str, Any],
+    def jackknife(self, metric: str, value: float, without: np.ndarray, unit: str, settings: dict[str, Any], n: int,
                   note: str | None = None) -> Measured:
-        """A pooled statistic with its value when each fold [folds] is left out (see records.jackknife_units)."""
-        fields = {"decoding": self.decoding, "unit": unit, "note": note,
+        """A pooled statistic of `n` texts or tokens, with its value when each fold [folds] is left out (see
+        records.jackknife_units)."""
+        fields = {"decoding": self.decoding, "unit": unit, "note": note, "n": n,
                   "settings": settings | {"units": f"delete-one jackknife over {self.folds} runs of prompts"}}  # fmt: skip
         if self.folds < 2 or not np.isfinite(without).all():
             reason = "one prompt" if self.folds < 2 else "undefined when some prompts are left out"

@@ -136,7 +136,7 @@ def _vendi(layout: Layout, samples: np.ndarray, fold: np.ndarray, settings: dict
         return _vendi_of_kernel(kernel[np.ix_(kept, kept)], int(kept.sum())) if kept.any() else float("nan")
 
     without = np.array([score(fold != f) for f in range(layout.folds)])
-    return layout.jackknife("vendi_score", score(np.ones(len(samples), dtype=bool)), without, "texts", settings)
+    return layout.jackknife("vendi_score", score(np.ones(len(samples), dtype=bool)), without, "texts", settings, settings["texts"])
 
 
 def _against_references(layout: Layout, samples: np.ndarray, references: np.ndarray, fold: np.ndarray,
@@ -157,7 +157,7 @@ def _against_references(layout: Layout, samples: np.ndarray, references: np.ndar
     for i, (name, k) in enumerate((("knn_recall", RECALL_K), ("knn_coverage", COVERAGE_K))):
         stated = settings | {"k": k, "references": len(references)}
         if np.isfinite(values[i]):
-            rows.append(layout.jackknife(name, values[i], without[:, i], "share", stated, note))
+            rows.append(layout.jackknife(name, values[i], without[:, i], "share", stated, stated["texts"], note))
         else:
             needed = f"more than {k} texts and one reference" if i == 0 else f"more than {k} references and one text"
             rows.append(layout.null(name, f"needs {needed}; there are {len(samples)} texts, {len(references)} references",

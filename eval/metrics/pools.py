@@ -86,4 +86,4 @@ def pooled(layout: Layout, pools: Pools, metric: str, n: int, statistic: Callabl
         values = np.mean([statistic(pool) for pool in pools.grams[n]], axis=0)
     if not np.isfinite(values[0]):
         return layout.null(metric, undefined, unit=unit, settings=settings)
-    return layout.jackknife(metric, float(values[0]), values[1:], unit, settings, pools.note)
+    return layout.jackknife(metric, float(values[0]), values[1:], unit, settings, settings["tokens"] * settings["pools"], pools.note)

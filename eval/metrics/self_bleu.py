@@ -94,4 +94,4 @@ def measure_self_bleu(layout: Layout) -> list[Measured]:
 
     without = np.array([mean_bleu(usable & (fold != f)) for f in range(layout.folds)])
     note = f"{short} texts of the subsample are too short" if short else None
-    return [layout.jackknife(name, mean_bleu(usable), without, "share", settings, note)]
+    return [layout.jackknife(name, mean_bleu(usable), without, "share", settings, settings["texts"], note)]

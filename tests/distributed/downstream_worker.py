@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from ds_stability.eval.downstream import _load, run_lm_eval
 from ds_stability.eval.downstream_batches import BatchRunner, Journal
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def as_json(measures):
@@ -20,8 +21,9 @@ def as_json(measures):
 
 def stock(model, tokenizer, run, rank, world):
     """lm-eval's own division of the documents over ranks, with the adapter's global rank."""
-    from ds_stability.eval.downstream_model import HarnessModel
     from lm_eval.evaluator import evaluate
+
+    from ds_stability.eval.downstream_model import HarnessModel
 
     lm = HarnessModel(model, tokenizer, BatchRunner(Journal(Path(run["cell"]), rank), 4, rank, world))
     assert (lm.rank, lm.world_size) == (rank, world)

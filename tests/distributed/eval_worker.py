@@ -5,10 +5,9 @@ import signal
 import sys
 import time
 
+from ds_stability.console import run_script
 from ds_stability.eval import run
 from ds_stability.eval.generation_task import GenerationTask
-
-from ds_stability.console import run_script
 
 whole_run = GenerationTask.run
 units = 0

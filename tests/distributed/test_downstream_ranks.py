@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ds_stability.eval.downstream import run_lm_eval
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ds_stability.data.tokenizer import train_bpe
+from ds_stability.eval.downstream import run_lm_eval
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra lm-eval")
 HERE = Path(__file__).parent

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ds_stability.eval import run as eval_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_stability.data.tokenizer import train_bpe
 from ds_stability.errors import UserError
+from ds_stability.eval import run as eval_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT, WORKER = REPOSITORY / "eval" / "run.py", Path(__file__).with_name("eval_worker.py")

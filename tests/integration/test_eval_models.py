@@ -5,14 +5,14 @@ import random
 
 import pytest
 import torch
-from ds_stability.eval import run as eval_run
-from ds_stability.eval.cell import describe_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_stability.data import DataSpec, load_blocks
 from ds_stability.data.synthetic import SyntheticLanguage
 from ds_stability.data.tokenizer import train_bpe
 from ds_stability.errors import UserError
+from ds_stability.eval import run as eval_run
+from ds_stability.eval.cell import describe_run
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven bright stars shine on cold water near old stone walls".split()
 SUITE = {

@@ -10,6 +10,7 @@ import pytest
 playwright = pytest.importorskip("playwright.sync_api", reason="the python package playwright is not installed")
 sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
 import report_data  # noqa: E402
+
 from ds_stability.eval import report  # noqa: E402
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

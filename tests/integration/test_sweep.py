@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from ds_stability.launchers.locks import TRAIN_LOCK, is_locked, try_lock
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -11,12 +11,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import report_data  # noqa: E402
+
+from ds_stability.errors import UserError  # noqa: E402
 from ds_stability.eval import aggregate  # noqa: E402
 from ds_stability.eval.aggregate import Group  # noqa: E402
 from ds_stability.eval.records import Measured  # noqa: E402
 from ds_stability.eval.report_cells import Cell, Key, read_evaluation  # noqa: E402
-
-from ds_stability.errors import UserError  # noqa: E402
 
 KEY = Key("m", None, "held_out")
 
@@ -41,14 +41,13 @@ def test_group_value_is_the_mean_over_seeds_of_ratios_of_sums():
     assert row["sd"] == pytest.approx(np.std([2.5, 4.0], ddof=1))
 
 
-def nested_bootstrap(seeds, resamples):
-    """Means over seeds drawn with replacement of ratios of sums over units drawn with replacement, one loop at a time."""
+def crossed_bootstrap(seeds, resamples):
+    """Means over seeds drawn with replacement of ratios of sums over units drawn with replacement, once for all seeds."""
     random = np.random.default_rng(3)
     means = []
     for _ in range(resamples):
-        values = []
+        values, drawn = [], random.integers(len(seeds[0][0]), size=len(seeds[0][0]))
         for totals, counts in (seeds[i] for i in random.integers(len(seeds), size=len(seeds))):
-            drawn = random.integers(len(totals), size=len(totals))
             values.append(totals[drawn].sum() / counts[drawn].sum())
         means.append(np.mean(values))
     return np.array(means)
@@ -60,10 +59,10 @@ def test_interval_agrees_with_a_bootstrap_by_loops():
     totals = counts * (3 + random.normal(0, 0.3, size=(4, 1)) + random.normal(0, 1.0, size=(4, 30)))
     cells = [make_cell(seed, totals[seed], counts[seed]) for seed in range(4)]
     row = rows_of(cells, resamples=20_000)["feedback", 0.0]
-    means = nested_bootstrap(list(zip(totals, counts, strict=True)), 10_000)
+    means = crossed_bootstrap(list(zip(totals, counts, strict=True)), 10_000)
     low, high = np.percentile(means, [2.5, 97.5])
     assert row["value"] == pytest.approx((totals.sum(axis=1) / counts.sum(axis=1)).mean())
-    for name, expected in (("ci_low", low), ("ci_high", high), ("stderr", means.std(ddof=1))):
+    for name, expected in (("ci_low", low), ("ci_high", high), ("stderr", means.std(ddof=1) * (4 / 3) ** 0.5)):
         assert row[name] == pytest.approx(expected, abs=0.04 * (high - low)), name
 
 

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ds_stability.eval.backends import ContinuousBackend, make_backend, vllm_settings
-from ds_stability.eval.decoding import DEFAULT_DECODINGS, key_seed, sample_key
-from ds_stability.eval.generation import Generator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_stability.errors import UserError
+from ds_stability.eval.backends import ContinuousBackend, make_backend, vllm_settings
+from ds_stability.eval.decoding import DEFAULT_DECODINGS, key_seed, sample_key
+from ds_stability.eval.generation import Generator
 
 EOS = 1
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-from ds_stability.launchers.arguments import parse_command
-from ds_stability.launchers.setup_model import load_config, load_tokenizer
 
 from ds_stability.errors import UserError
+from ds_stability.launchers.arguments import parse_command
+from ds_stability.launchers.setup_model import load_config, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LLAMA = str(REPOSITORY / "ds_configs" / "models" / "llama_tiny.json")

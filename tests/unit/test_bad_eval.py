@@ -6,6 +6,9 @@ from argparse import Namespace
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+
+from ds_stability.cli import main as cli
+from ds_stability.errors import UserError
 from ds_stability.eval import run as eval_run
 from ds_stability.eval.cell import (
     CellDir,
@@ -20,9 +23,6 @@ from ds_stability.eval.command import check, launch_line, run_parser, script_arg
 from ds_stability.eval.ranks import Ranks
 from ds_stability.eval.records import Measured, Prompt
 from ds_stability.eval.results import memorization_gap, reference_samples
-
-from ds_stability.cli import main as cli
-from ds_stability.errors import UserError
 
 
 @pytest.fixture

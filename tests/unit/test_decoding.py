@@ -5,6 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from ds_stability.errors import UserError
 from ds_stability.eval import decoding as decoding_module
 from ds_stability.eval.decoding import (
     DEFAULT_DECODINGS,
@@ -16,12 +22,6 @@ from ds_stability.eval.decoding import (
     token_scores,
     uniform_numbers,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-from ds_stability.errors import UserError
 
 FIRST_NUMBERS = [0.20827503665041514, 0.07282599863154882, 0.3333552317747801, 0.7594978399233218]
 SAMPLED = [Decoding("t", "sample", temperature=t, top_p=p, top_k=k)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ds_stability.eval.downstream import TASKS, check_downstream, local_tasks, run_lm_eval
-from ds_stability.eval.downstream_batches import BatchRunner, Journal, Request, fixed_batches
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ds_stability.data.tokenizer import train_bpe
 from ds_stability.errors import UserError
+from ds_stability.eval.downstream import TASKS, check_downstream, local_tasks, run_lm_eval
+from ds_stability.eval.downstream_batches import BatchRunner, Journal, Request, fixed_batches
 
 CONTEXT = 48
 with_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra lm-eval")
@@ -405,9 +405,10 @@ def test_ratios_perplexities_and_texts(tmp_path, model, tokenizer, fresh_cache):
 def test_group_is_weighted_as_in_lm_eval():
     from types import SimpleNamespace
 
+    from lm_eval.api.metrics import aggregate_subtask_metrics
+
     from ds_stability.eval.downstream_measures import group_measures
     from ds_stability.eval.records import Measured
-    from lm_eval.api.metrics import aggregate_subtask_metrics
 
     parts = []
     for name, hits in (("a", [1, 0, 1]), ("b", [0, 0, 0, 0, 1])):

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from ds_stability.eval.decoding import DEFAULT_DECODINGS
-from ds_stability.eval.generation import Generator
-from ds_stability.eval.loading import end_ids, fingerprint, load, model_folder
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.data.tokenizer import tokenizer_hash, train_bpe, word_tokenizer
 from ds_stability.errors import UserError
+from ds_stability.eval.decoding import DEFAULT_DECODINGS
+from ds_stability.eval.generation import Generator
+from ds_stability.eval.loading import end_ids, fingerprint, load, model_folder
 
 TEXT = ["the quick brown fox jumps over the lazy dog, and the dog sleeps on " * 4] * 3
 

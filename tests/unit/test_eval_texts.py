@@ -7,14 +7,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from ds_stability.eval.prompts import cut_prompts, prompts_from_file
-from ds_stability.eval.records import Prompt
-from ds_stability.eval.suite import Suite
-from ds_stability.eval.texts import TextSource, check_context, high_frequency_words, make_texts, run_documents
 
 from ds_stability.data import DataSpec, load_blocks
 from ds_stability.data.tokenizer import special_token_ids, train_bpe
 from ds_stability.errors import UserError
+from ds_stability.eval.prompts import cut_prompts, prompts_from_file
+from ds_stability.eval.records import Prompt
+from ds_stability.eval.suite import Suite
+from ds_stability.eval.texts import TextSource, check_context, high_frequency_words, make_texts, run_documents
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven bright stars shine on cold water near old stone walls".split()
 

@@ -6,6 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from ds_stability.data.tokenizer import train_bpe
+from ds_stability.errors import UserError
 from ds_stability.eval.decoding import DEFAULT_DECODINGS
 from ds_stability.eval.exact_match import (
     ExactMatchTask,
@@ -18,12 +24,6 @@ from ds_stability.eval.exact_match import (
     pass_at_k,
 )
 from ds_stability.eval.generation import Generated, Generator
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
-
-from ds_stability.data.tokenizer import train_bpe
-from ds_stability.errors import UserError
 
 
 @given(st.integers(1, 7), st.data())

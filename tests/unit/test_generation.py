@@ -6,11 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from ds_stability.eval.decoding import DEFAULT_DECODINGS, Decoding, uniform_numbers
-from ds_stability.eval.generation import Generator, check_prompts
-from ds_stability.eval.generation_task import GenerationTask
-from ds_stability.eval.kv_cache import RightSizedLayer, right_sized_cache
-from ds_stability.eval.records import Prompt, Sample, ScoringContext
 from transformers import (
     GenerationConfig,
     GPT2Config,
@@ -29,6 +24,11 @@ from transformers import (
 
 from ds_stability.data.tokenizer import word_tokenizer
 from ds_stability.errors import UserError
+from ds_stability.eval.decoding import DEFAULT_DECODINGS, Decoding, uniform_numbers
+from ds_stability.eval.generation import Generator
+from ds_stability.eval.generation_task import GenerationTask
+from ds_stability.eval.kv_cache import RightSizedLayer, right_sized_cache
+from ds_stability.eval.records import Prompt, Sample, ScoringContext
 
 VOCABULARY, EOS, PAD = 40, 1, 2
 SHAPE = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -310,27 +310,6 @@ def test_model_is_left_as_it_was(llama):
 
 def prompts_of(*rows: list[int]) -> list[Prompt]:
     return [Prompt(index, "", tuple(row)) for index, row in enumerate(rows)]
-
-
-def test_check_prompts():
-    good = prompts_of([1, 2], [3])
-    assert check_prompts(good, 10, 8) == good
-    assert check_prompts(good, None, 10**9) == good
-    assert check_prompts(prompts_of([1], []), 10, 8, bos_id=0)[1].token_ids == (0,)
-
-
-@pytest.mark.parametrize(
-    "prompts, bos_id, parts",
-    [
-        ([], 0, ["there is none"]),
-        (prompts_of([1], []), None, ["prompt 1", "empty", "BOS"]),
-        (prompts_of([1], [2, 3, 4]), None, ["prompt 1", "3 tokens", "max_new_tokens 8", "context of 10"]),
-    ],
-)
-def test_prompts_that_cannot_be_continued_are_one_line(prompts, bos_id, parts):
-    with pytest.raises(UserError) as error:
-        check_prompts(prompts, 10, 8, bos_id)
-    assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
 
 
 @pytest.fixture(scope="module")

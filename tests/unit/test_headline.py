@@ -20,7 +20,7 @@ PREDICTIONS = HERE.parents[1] / "eval" / "predictions.yaml"
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("headline")
-    evaluation = report_data.write_evaluation(folder / "evals", ("gpt2", "llama"), (0.0, 0.5, 1.0), (0, 1, 2), units=6)
+    evaluation = report_data.write_evaluation(folder / "evals", units=6, steps=3)
     (folder / "sweep").mkdir()
     ends = [{"event": "end", "cell": f"c{i}", "outcome": "done", "seconds": seconds} for i, seconds in enumerate((30.0, 50.0, 100.0))]
     lines = [{"event": "start", "cell": "c0"}, *ends]

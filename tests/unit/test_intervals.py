@@ -4,15 +4,16 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
 from ds_stability.eval.intervals import (
     MAX_UNITS,
     confidence_level,
     row,
 )
 from ds_stability.eval.records import Measured
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 
 def measured(totals, counts=None, units=None, **fields):

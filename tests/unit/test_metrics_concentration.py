@@ -6,6 +6,10 @@ from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_stability import text_metrics
 from ds_stability.eval.metrics.concentration import (
     ALPHA,
     Empirical,
@@ -18,10 +22,6 @@ from ds_stability.eval.metrics.concentration import (
 from ds_stability.eval.metrics.layout import Layout
 from ds_stability.eval.metrics.pools import PoolCounts, make_pools
 from ds_stability.eval.records import Sample, ScoringContext
-from hypothesis import given
-from hypothesis import strategies as st
-
-from ds_stability import text_metrics
 
 TEXTS = st.lists(st.lists(st.integers(0, 7), max_size=10), min_size=1, max_size=6)
 

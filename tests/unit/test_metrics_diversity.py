@@ -6,6 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_stability import text_metrics
 from ds_stability.eval.metrics.diversity import (
     compressed_size,
     entropy_rows,
@@ -18,10 +22,6 @@ from ds_stability.eval.metrics.layout import Layout
 from ds_stability.eval.metrics.ngrams import gram_numbers
 from ds_stability.eval.metrics.pools import make_pools
 from ds_stability.eval.records import Sample, ScoringContext
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from ds_stability import text_metrics
 
 KEYED = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1), st.lists(st.integers(0, 5), max_size=9)),
                  min_size=1, max_size=14, unique_by=lambda item: item[:2])  # fmt: skip

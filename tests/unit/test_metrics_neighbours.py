@@ -5,6 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ds_stability.eval.metrics.layout import Layout
 from ds_stability.eval.metrics.neighbours import (
     Features,
@@ -17,8 +20,6 @@ from ds_stability.eval.metrics.neighbours import (
 )
 from ds_stability.eval.metrics.ngrams import Corpus
 from ds_stability.eval.records import Sample, ScoringContext
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TEXTS = st.lists(st.lists(st.integers(0, 5), max_size=8), min_size=1, max_size=6)
 MASK = 2**64 - 1

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from ds_stability.eval.metrics.ngrams import Corpus, distinct_per_owner, gram_numbers, raw_keys
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ds_stability.eval.metrics.ngrams import Corpus, distinct_per_owner, gram_numbers, raw_keys
 
 TEXTS = st.lists(st.lists(st.integers(0, 4), max_size=12), max_size=6)
 N = st.integers(1, 4)

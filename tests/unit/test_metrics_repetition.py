@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from ds_stability.eval.metrics.layout import Layout
-from ds_stability.eval.metrics.ngrams import Corpus, gram_numbers
-from ds_stability.eval.metrics.repetition import measure_repetition, seq_rep, tail_loops
-from ds_stability.eval.records import Sample, ScoringContext
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_stability import text_metrics
+from ds_stability.eval.metrics.layout import Layout
+from ds_stability.eval.metrics.ngrams import Corpus, gram_numbers
+from ds_stability.eval.metrics.repetition import measure_repetition, seq_rep, tail_loops
+from ds_stability.eval.records import Sample, ScoringContext
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=20), min_size=1, max_size=8)
 

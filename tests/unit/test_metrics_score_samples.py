@@ -5,14 +5,14 @@ import sys
 
 import numpy as np
 import pytest
-from ds_stability.eval.intervals import row
-from ds_stability.eval.metrics import METRIC_NAMES
-from ds_stability.eval.metrics.score_samples import score_samples
-from ds_stability.eval.records import Sample, ScoringContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_stability.errors import UserError
+from ds_stability.eval.intervals import row
+from ds_stability.eval.metrics import METRIC_NAMES
+from ds_stability.eval.metrics.score_samples import score_samples
+from ds_stability.eval.records import Sample, ScoringContext
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "\n", '"', "it's", "hat"]
 

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ds_stability.eval.metrics import self_bleu as module
 from ds_stability.eval.metrics.layout import Layout
 from ds_stability.eval.metrics.ngrams import Corpus
 from ds_stability.eval.metrics.self_bleu import count_grams, measure_self_bleu, self_bleu
 from ds_stability.eval.records import Sample, ScoringContext, jackknife_units
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TEXTS = st.lists(st.lists(st.integers(0, 4), min_size=4, max_size=14), min_size=2, max_size=7)
 

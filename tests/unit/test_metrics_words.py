@@ -6,12 +6,13 @@ from math import comb
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ds_stability.eval.metrics.layout import Layout
 from ds_stability.eval.metrics.ngrams import Corpus
 from ds_stability.eval.metrics.words import MIN_WORDS, hdd, measure_words, mtld, number_words, words_of
 from ds_stability.eval.records import Sample, ScoringContext
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def measured(texts, frequent=None):

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ds_stability.eval.minimal_pairs import MinimalPairsTask, all_pairs, preference, sentence_logprobs, sentence_prefix
-from ds_stability.eval.minimal_pairs_templates import MASS, NAMES, PEOPLE, PHENOMENA, THINGS, VERBS, make_pairs
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ds_stability.data.tokenizer import train_bpe, word_tokenizer
 from ds_stability.errors import UserError
+from ds_stability.eval.minimal_pairs import MinimalPairsTask, all_pairs, preference, sentence_logprobs, sentence_prefix
+from ds_stability.eval.minimal_pairs_templates import MASS, NAMES, PEOPLE, PHENOMENA, THINGS, VERBS, make_pairs
 
 MIN_PAIRS = 60
 

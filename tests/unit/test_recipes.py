@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from ds_stability.launchers.arguments import parse_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]

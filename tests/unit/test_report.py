@@ -13,10 +13,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import report_data  # noqa: E402
-from ds_stability.eval import report, report_page, report_samples, report_tables  # noqa: E402
-from ds_stability.eval.report_figures import DARK, themed  # noqa: E402
 
 from ds_stability import cli  # noqa: E402
+from ds_stability.eval import report, report_page, report_samples, report_tables  # noqa: E402
+from ds_stability.eval.report_figures import DARK, themed  # noqa: E402
 
 PREDICTIONS = Path(report.__file__).with_name("predictions.yaml")
 

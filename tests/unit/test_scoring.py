@@ -6,6 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from ds_stability.data.tokenizer import train_bpe, word_tokenizer
+from ds_stability.errors import UserError
 from ds_stability.eval.scoring import (
     REPETITION_LENGTHS,
     ScoringTask,
@@ -15,12 +21,6 @@ from ds_stability.eval.scoring import (
     evenly_spaced,
     repetition_counts,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-from ds_stability.data.tokenizer import train_bpe, word_tokenizer
-from ds_stability.errors import UserError
 
 DOCUMENTS = ["the cat sat on the mat and the cat sat on the mat again. the end of the cat is near.", "a dog", "naïve café — 日本語 🙂\n",
              "one two three four five six seven eight nine ten one two three four five six seven eight"]  # fmt: skip

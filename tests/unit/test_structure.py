@@ -4,6 +4,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import wasserstein_distance
+
 from ds_stability.eval.structure import (
     LONGEST,
     Structure,
@@ -13,9 +17,6 @@ from ds_stability.eval.structure import (
     total_variation,
     wasserstein,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import wasserstein_distance
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=30)
 

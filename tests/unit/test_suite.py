@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from ds_stability.eval.suite import SUITES, Suite, describe
 
 from ds_stability.errors import UserError
+from ds_stability.eval.suite import SUITES, Suite, describe
 
 SHIPPED = sorted(path.stem for path in SUITES.glob("*.yaml"))
 

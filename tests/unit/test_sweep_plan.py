@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ds_stability.launchers.sweep_check import check_cells
-from ds_stability.launchers.sweep_plan import load_plan
-from ds_stability.launchers.sweep_values import canonical, digest, flag_words
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_stability.errors import UserError
+from ds_stability.launchers.sweep_check import check_cells
+from ds_stability.launchers.sweep_plan import load_plan
+from ds_stability.launchers.sweep_values import canonical, digest, flag_words
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "launchers" / "sweeps").glob("*.yaml"))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from ds_stability.errors import UserError
 from ds_stability.launchers import sweep, sweep_hosts, sweep_progress, sweep_slurm
 from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
 from ds_stability.launchers.prepare import prepare
@@ -19,8 +21,6 @@ from ds_stability.launchers.sweep_hosts import Hosts, count_slots
 from ds_stability.launchers.sweep_plan import load_plan
 from ds_stability.launchers.sweep_progress import Progress, clock, last_step
 from ds_stability.launchers.sweep_slurm import Array, parse_parameters
-
-from ds_stability.errors import UserError
 
 #: Does what acts/SEED-ATTEMPT or acts/SEED says, else succeeds; writes down how it was called.
 SCRIPT = '''

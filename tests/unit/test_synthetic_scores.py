@@ -8,6 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from ds_stability.data.spec import DataSpec
+from ds_stability.data.synthetic import BOS_ID, EOS_ID, SyntheticLanguage
+from ds_stability.errors import UserError
 from ds_stability.eval import synthetic_scores
 from ds_stability.eval.generation import Generated
 from ds_stability.eval.synthetic_measures import conditional_kl
@@ -18,11 +23,6 @@ from ds_stability.eval.synthetic_scores import (
     training_sentences,
     true_distributions,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
-
-from ds_stability.data.spec import DataSpec
-from ds_stability.data.synthetic import BOS_ID, EOS_ID, SyntheticLanguage
-from ds_stability.errors import UserError
 
 TINY = dict(nouns=1, verbs=1, adjectives=1, adverbs=1, prepositions=1, classes=1, max_depth=0, max_adjectives=0, max_conjuncts=0)
 SMALL = SyntheticSettings(sentences=40, samples=30, training_sentences=50, modes=10, min_count=3, max_prefixes=20, batch_size=16, max_new_tokens=40)

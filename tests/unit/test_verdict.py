@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from ds_stability.eval import aggregate, trend, verdict
-from ds_stability.eval.records import Measured
-from ds_stability.eval.report_cells import Cell
-from ds_stability.eval.verdict import ENTROPY, HIGH_FREQUENCY, MET, NOT_MET, UNDECIDED, Facts, Prediction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from ds_stability.errors import UserError
+from ds_stability.eval import aggregate, trend, verdict
+from ds_stability.eval.records import Measured
+from ds_stability.eval.report_cells import Cell
+from ds_stability.eval.verdict import ENTROPY, HIGH_FREQUENCY, MET, NOT_MET, UNDECIDED, Facts, Prediction
 
 PREDICTIONS = Path(verdict.__file__).with_name("predictions.yaml")
 

@@ -5,12 +5,12 @@ import threading
 
 import pytest
 import torch.distributed as dist
-from ds_stability.eval.ranks import OtherRankFailed, Ranks
-from ds_stability.eval.work import Journal, Progress, all_units, dump_line, duration, merged, read_journal, run_units
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_stability.errors import UserError
+from ds_stability.eval.ranks import OtherRankFailed, Ranks
+from ds_stability.eval.work import Journal, Progress, all_units, dump_line, duration, merged, read_journal, run_units
 
 
 class Squares:
