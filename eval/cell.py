@@ -216,6 +216,9 @@ class CellDir:
             return True
         if self.identity.exists():
             self._require(_read_object(self.identity), identity)
+        elif self.journal.files():  # of what model and suite its units are cannot be told
+            raise UserError(f"{self.identity}: is missing beside results of an earlier attempt; remove the folder "
+                            f"{self.journal.folder} to evaluate the cell anew")
         return False
 
     def _require(self, recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

@@ -265,7 +265,7 @@ def _logits_width(model: Any) -> int:
 
 def _check_tokenizer(path: str | Path, tokenizer: Any, vocab_size: int) -> None:
     token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if index < 0:
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
         raise UserError(f"--model {path}: its tokenizer has no tokens; save the tokenizer into the folder")
     if index >= vocab_size:
         raise UserError(f"--model {path}: its tokenizer has id {index} ({token!r}), but the model's logits end at "

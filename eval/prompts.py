@@ -117,6 +117,8 @@ def _row(line: str, where: str) -> tuple[str, str | None]:
         raise UserError(f"{where}: needs {{\"prompt\": \"...\"}}, and \"reference\" as a text where there is one")
     if not text.strip():
         raise UserError(f"{where}: the prompt is empty")
+    if any("\ud800" <= c <= "\udfff" for c in text + (reference or "")):
+        raise UserError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; mend the escape")
     return text, reference or None
 
 

@@ -28,6 +28,7 @@ FONTS = "'DejaVu Sans',Verdana,sans-serif"
 STYLE = {
     "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "svg.hashsalt": "report", "font.size": 8.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
     "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "text.parse_math": False,  # names are data: a $ in one is no formula
     "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "axes.formatter.useoffset": False, "grid.color": GRID,
 }  # fmt: skip
 LEVEL_LABEL = "stabilization level"

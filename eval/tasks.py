@@ -66,7 +66,10 @@ def high_frequency(reference_file: str | None, loaded: Any) -> HighFrequencySet 
         return None
     if reference_file is None:
         return loaded.high_frequency
-    return HighFrequencySet.load(reference_file, loaded.vocab_size, tokenizer_hash(loaded.tokenizer))
+    try:
+        return HighFrequencySet.load(reference_file, loaded.vocab_size, tokenizer_hash(loaded.tokenizer))
+    except UserError as error:  # named as the flag that gave it
+        raise UserError(str(error).replace("high_frequency_file", "--reference_file", 1)) from error
 
 
 def scoring_context(loaded: Any, frequent: HighFrequencySet | None, texts: Texts) -> ScoringContext:

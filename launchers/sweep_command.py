@@ -32,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
     plan = load_plan(args.file, args.settings, processes, default_processes())
     hosts = Hosts(plan.num_gpus, args.hostfile and str(Path(args.hostfile).resolve()))
     folder = SweepFolder(args.output_dir or Path("runs") / plan.name)
+    if plan.evaluate is not None and not args.no_evaluate:
+        from ds_stability.eval.suite import Suite
+
+        Suite.load(plan.evaluate["suite"])  # not only after hours of training
     if args.dry_run:
         return _dry_run(plan, hosts, folder)
     try:
@@ -45,10 +49,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(sweep: Sweep, slurm: dict | None, with_evaluation: bool) -> int:
-    if with_evaluation and sweep.plan.evaluate is not None:
-        from ds_stability.eval.suite import Suite
-
-        Suite.load(sweep.plan.evaluate["suite"])  # not only after hours of training
     sweep.begin()
     array = None if slurm is None else Array(sweep, slurm)
     outcome = sweep.train() if array is None else array.train()

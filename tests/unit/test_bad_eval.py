@@ -10,6 +10,7 @@ import pytest
 from ds_stability.cli import main as cli
 from ds_stability.errors import UserError
 from ds_stability.eval import run as eval_run
+from ds_stability.eval import tasks as eval_tasks
 from ds_stability.eval.cell import (
     CellDir,
     ModelPath,
@@ -156,6 +157,37 @@ def test_a_half_cell_does_not_change_its_device(tmp_path):
     cell = CellDir(tmp_path, "a")
     cell.begin(IDENTITY)
     assert "another device (cpu then, a GPU now)" in error_of(lambda: cell.check({**IDENTITY, "device": "a GPU"}))
+
+
+def test_a_journal_without_its_identity_is_not_taken_over(tmp_path):
+    cell = CellDir(tmp_path, "a")
+    cell.begin(IDENTITY)
+    with cell.journal.open(0, 1) as writer:
+        writer.append("samples", "0", [])
+    assert cell.check(IDENTITY) is False
+    cell.identity.unlink()  # its units may be another model's
+    assert "identity.json: is missing" in error_of(lambda: cell.check(IDENTITY))
+
+
+def test_a_wrong_reference_file_is_named_by_its_flag(tmp_path):
+    (tmp_path / "r.json").write_text('{"token')
+    loaded = Namespace(vocab_size=4, tokenizer=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_tasks, "tokenizer_hash", lambda tokenizer: "0")
+        assert "--reference_file" in error_of(lambda: eval_tasks.high_frequency(str(tmp_path / "r.json"), loaded))
+
+
+def test_abbreviated_flags_and_ctrl_c(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as caught:
+        cli(["eval", "m", "--suit", "quick", "--output_dir", str(tmp_path / "o")])
+    assert caught.value.code == 2 and "--suit" in capsys.readouterr().err
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ds_stability.cli._run_eval", interrupted)
+    assert cli(["eval", "m", "--output_dir", str(tmp_path / "o")]) == 130
+    assert capsys.readouterr().err.startswith("interrupted;")
 
 
 def test_a_cell_file_cut_in_the_middle_is_named(tmp_path):

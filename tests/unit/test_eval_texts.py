@@ -279,3 +279,10 @@ def test_reading_options_of_the_run_hold_for_own_files(corpus, tokenizer, tmp_pa
     held_out, train = TextSource.of_run(manifest, "r", [str(own)]).documents()
     assert [document.text for document in held_out] == ["one two three", "four"]
     assert len(train) == load_blocks(spec_of(corpus), tokenizer, 64)[2]["train"]["documents"]
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path, tokenizer):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fox"}\n{"prompt": "fox \\ud800"}\n')
+    with pytest.raises(UserError, match="line 2: holds half of a surrogate"):
+        prompts_from_file(str(path), tokenizer)

@@ -191,6 +191,17 @@ def test_small_evaluations(tmp_path, options):
         assert "intervals are over prompts only" in text
 
 
+def test_names_are_no_formulas(tmp_path):
+    folder = report_data.write_evaluation(tmp_path / "evals", ("llama",), (0.0, 0.5), (0, 1), units=6, decodings=("sample",), steps=10)
+    for path in folder.glob("cells/*/cell.json"):
+        cell = json.loads(path.read_text())
+        if cell.get("run"):
+            cell["run"]["architecture"] = "a $\\frac{$ b"
+            path.write_text(json.dumps(cell))
+    report.write_report(folder)
+    assert (folder / "report" / "index.html").is_file()
+
+
 def test_text_is_made_visible():
     assert report_samples.visible("a\0b\x1b[0m\x7f\n\tc\u202ed\ud800") == "a\u2400b\u241b[0m\u2421\n\tc\u27e8U+202E\u27e9d\ufffd"
     assert report_samples.visible("naïve 日本 🙂 e\u0301") == "naïve 日本 🙂 e\u0301"
