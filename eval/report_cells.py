@@ -97,7 +97,7 @@ def read_evaluation(folder: Path) -> Evaluation:
             found.incomplete.append(Incomplete(place.name, str(error)))
     if not found.cells:
         reasons = "; ".join(f"{cell.id}: {cell.reason}" for cell in found.incomplete[:3]) or "cells/ is empty"
-        raise UserError(f"{folder}: no complete cell to report on ({reasons}); finish them with ds-stability eval")
+        raise UserError(f"{folder}: no complete cell to report on ({reasons}); finish them with ds-stability eval (a cell whose files are damaged: remove its DONE first)")
     _name_variants(found.cells)
     _refuse_twins(found.cells)
     found.problems += _disagreements(found.cells)

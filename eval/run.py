@@ -89,6 +89,7 @@ def plan_cells(args: Any, suite: Suite, device_kind: str) -> list[Plan]:
     models = [resolve_model(model) for model in args.models]
     ids = cell_ids(models, args.cell_names)
     from ds_stability.eval.loading import fingerprint
+    from ds_stability.eval.results import SCORES_VERSION
     from ds_stability.eval.tasks import files_fingerprint
     from ds_stability.eval.texts import TextSource
     from ds_stability.run_dir import RunDir
@@ -106,6 +107,7 @@ def plan_cells(args: Any, suite: Suite, device_kind: str) -> list[Plan]:
             "suite": suite.fingerprint(), "seeds": list(args.seeds), "model": fingerprint(model.load),
             "texts": source.fingerprint(), "task_files": files_fingerprint(suite),
             "high_frequency_set": file_sha(high_frequency_file(model, args.reference_file)), "device": device_kind,
+            "scores_version": SCORES_VERSION,
         }  # fmt: skip
         plans.append(Plan(cell_id, model, source, identity, CellDir(args.output_dir, cell_id).check(identity)))
     _warn_of_sets(plans)
