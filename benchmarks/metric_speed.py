@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
 def load_libraries() -> None:
     """Load what is compared with, or end with one line."""
     try:
-        import nltk.translate.bleu_score
+        import nltk.translate.bleu_score  # noqa: F401
         import sacrebleu  # noqa: F401
     except ImportError as error:
         print(f"error: {error.name} is missing: pip install nltk sacrebleu", file=sys.stderr)

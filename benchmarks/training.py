@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,11 +14,15 @@ from typing import Any
 
 from common import REPOSITORY, TRAIN_SCRIPT
 
+from ds_stability.launchers.sweep_hosts import default_processes, environment, free_port, remove_shared_memory
 from ds_stability.run_dir import RunDir, write_json_atomic
 
 POLL_SECONDS = 0.5
 TEARDOWN_SECONDS = 60  # DeepSpeed on CPU now and then hangs or aborts after all work is done
 QUIET_SECONDS = 15  # between progress lines where there is no terminal
+
+
+__all__ = ["default_processes"]  # of this machine, for the scripts here
 
 
 class FailedRun(RuntimeError):
@@ -139,7 +142,7 @@ def run_script(script: Path, words: Sequence[str], num_gpus: int, log: Path,
             watch(process)
         finally:
             end_process(process)
-            _remove_shared_memory(port)
+            remove_shared_memory(port)
     return process.returncode
 
 
@@ -148,13 +151,6 @@ def start_script(script: Path, words: Sequence[str], num_gpus: int, port: int, *
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_gpus)]
     command += ["--master_port", str(port), str(script), *words]
     return subprocess.Popen(command, env=environment(), cwd=REPOSITORY, start_new_session=True, **options)
-
-
-def _remove_shared_memory(port: int) -> None:
-    """DeepSpeed on CPU leaves a buffer of some 60 MB a rank behind in shared memory, named by the port
-    (deepspeed/ops/csrc/cpu/comm/shm.cpp): a few hundred runs fill the machine."""
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
-        path.unlink(missing_ok=True)
 
 
 def end_process(process: subprocess.Popen) -> None:
@@ -183,34 +179,6 @@ def run_main(main: Callable[[], int]) -> int:
 def end_children_on_sigterm() -> None:
     """Let SIGTERM unwind the script as Ctrl-C does, so that `run_script` ends what it started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
-def environment() -> dict[str, str]:
-    """This environment; without a GPU on DeepSpeed's CPU accelerator, one thread a rank unless OMP_NUM_THREADS says more."""
-    values = dict(os.environ)
-    if not on_gpu():
-        values.setdefault("DS_ACCELERATOR", "cpu")
-        values.setdefault("OMP_NUM_THREADS", "1")
-    return values
-
-
-def on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-
-
-def default_processes() -> int:
-    """2 ranks, or the one GPU of a machine that has one."""
-    import torch
-
-    return min(2, torch.cuda.device_count()) if on_gpu() else 2
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 class Progress:

@@ -19,7 +19,6 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -123,6 +122,7 @@ def _reproducible_and_quiet() -> Iterator[None]:
     from tqdm import tqdm
 
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    bar = lm_eval.api.task.tqdm
     bars, logger = datasets.are_progress_bars_disabled(), logging.getLogger("lm_eval")
     level = logger.level
     random.seed(PYTHON_SEED)
@@ -130,10 +130,11 @@ def _reproducible_and_quiet() -> Iterator[None]:
     torch.manual_seed(OTHER_SEED)
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # it has no switch of its own
     try:
-        with mock.patch.object(lm_eval.api.task, "tqdm", partial(tqdm, disable=True), create=True):
-            yield
+        yield
     finally:
+        lm_eval.api.task.tqdm = bar
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
