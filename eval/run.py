@@ -121,12 +121,26 @@ def _warn_of_sets(plans: list[Plan]) -> None:
               "one with --reference_file", file=sys.stderr)  # fmt: skip
 
 
+_last_texts: dict[tuple, Any] = {}
+
+
+def texts_of(plan: Plan, suite: Suite, loaded: Any) -> Any:
+    """The texts of a cell. The cells of a sweep share theirs: those of the last cell are kept, by all that they depend on."""
+    from ds_stability.data.tokenizer import tokenizer_hash
+    from ds_stability.eval.texts import make_texts
+
+    key = (plan.identity["texts"], plan.source.spec, tokenizer_hash(loaded.tokenizer), loaded.vocab_size, loaded.context_length)
+    if key not in _last_texts:
+        _last_texts.clear()
+        _last_texts[key] = make_texts(plan.source, suite, loaded.tokenizer, loaded.vocab_size, loaded.context_length)
+    return _last_texts[key]
+
+
 def evaluate(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any) -> None:
     """One cell, from the model to DONE. Call on every rank."""
     from ds_stability.eval.cell import CellDir
     from ds_stability.eval.results import all_measured, scores
     from ds_stability.eval.tasks import build_tasks, high_frequency, load_model, run_downstream, scoring_context
-    from ds_stability.eval.texts import make_texts
     from ds_stability.eval.work import merged, run_units
 
     cell, clock = CellDir(args.output_dir, plan.cell_id), Clock()
@@ -135,7 +149,7 @@ def evaluate(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any) -> Non
     try:
         loaded = agree(lambda: load_model(plan.model.load, args, suite, place))
         frequent = agree(lambda: high_frequency(args.reference_file, loaded))
-        texts = ranks.from_first(lambda: make_texts(plan.source, suite, loaded.tokenizer, loaded.vocab_size, loaded.context_length))
+        texts = ranks.from_first(lambda: texts_of(plan, suite, loaded))
         context = scoring_context(loaded, frequent, texts) if place.works else None
         tasks = agree(lambda: build_tasks(suite, loaded, texts, args, context, plan.source) if place.works else [])
         clock.lap("loading")
