@@ -9,6 +9,7 @@ mark of a chat turn) would upset the window. No end token is scored: it has no b
 rep/l and wrep/l: Welleck et al. 2020 (arXiv 1908.04319), section 6. Bits per byte: Gao et al. 2020, The Pile, section 3.1.
 """
 
+import hashlib
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ds_stability.data.tokenizer import tokenizer_hash
 from ds_stability.data.tokens import leading_ids
 from ds_stability.errors import UserError
 from ds_stability.loss import chunk_tokens, token_statistics
@@ -57,6 +59,23 @@ def cut_windows(tokenizer: Any, documents: Sequence[str], window: int) -> Iterat
             num_bytes = None if sizes is None else sum(sizes[start + 1 - shift : stop + 1 - shift])
             yield Window(f"{number}/{index}", tuple(stream[start:stop]), tuple(stream[start + 1 : stop + 1]), num_bytes,
                          shift if start == 0 else 0)  # fmt: skip
+
+
+_kept: dict[tuple, list[Window]] = {}  # of the last two texts: the cells of a sweep share their held-out and training text
+
+
+def chosen_windows(tokenizer: Any, documents: Sequence[str], window: int, limit: int | None) -> list[Window]:
+    """At most `limit` windows of all documents, evenly spaced."""
+    digest = hashlib.sha256()
+    for text in documents:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    key = (tokenizer_hash(tokenizer), digest.hexdigest(), window, limit)
+    if key not in _kept:
+        windows = list(cut_windows(tokenizer, documents, window))
+        while len(_kept) > 1:
+            _kept.pop(next(iter(_kept)))
+        _kept[key] = [windows[index] for index in evenly_spaced(len(windows), limit)]
+    return _kept[key]
 
 
 def encode_with_bytes(tokenizer: Any, text: str) -> tuple[list[int], list[int] | None]:
@@ -129,8 +148,7 @@ class ScoringTask:
             raise UserError(f"text window {window}: the model's context is {loaded.context_length} tokens; lower text.window "
                             "in the suite")  # fmt: skip
         self.name, self.split, self.loaded, self.batch_size, self.window = f"text_{split}", split, loaded, batch_size, window
-        windows = list(cut_windows(loaded.tokenizer, documents, window))
-        self.windows = [windows[index] for index in evenly_spaced(len(windows), max_windows)]
+        self.windows = chosen_windows(loaded.tokenizer, documents, window, max_windows)
         if high_frequency_ids is None and loaded.high_frequency is not None:
             high_frequency_ids = loaded.high_frequency.token_ids
         self.high_frequency_ids = high_frequency_ids

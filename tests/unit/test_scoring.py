@@ -204,6 +204,9 @@ def test_slow_tokenizers_have_no_bits_per_byte(tmp_path):
         def __call__(self, text, **kwargs):
             return {"input_ids": [3 + len(word) for word in text.split()]}
 
+        def get_vocab(self):
+            return {"a": 4, "bb": 5}
+
     _, figures = run(ScoringTask(make_loaded(Fixed(np.zeros((7, 7), dtype=np.float32)), Slow()), ["a bb a"], "train", 8, 2), tmp_path)
     assert figures["bits_per_byte"].value is None and "offsets" in figures["bits_per_byte"].note
     assert figures["cross_entropy"].value == pytest.approx(math.log(7)) and figures["cross_entropy"].counts.sum() == 2
