@@ -45,6 +45,7 @@ Scores = dict[str, float]
 
 def main() -> int:
     arguments = parse_arguments()
+    started = time.monotonic()
     load_libraries()
     samples, context = make_samples(arguments.texts, arguments.tokens)
     score_samples(samples[: 8 * PER_PROMPT], context)  # what loads lazily loads now
@@ -56,6 +57,7 @@ def main() -> int:
     settings |= {"samples_per_prompt": PER_PROMPT, "vocabulary": VOCABULARY, "subsample": SUBSAMPLE_TEXTS, "threads": 1}
     result = common.describe_measurement("metric_speed", {"seed": SEED}, settings)
     result["versions"] |= library_versions()
+    result["seconds"] = round(time.monotonic() - started, 1)
     result |= {"all": {"metrics": len(METRIC_NAMES), "rounds": whole, **medians(whole)}, "comparisons": pairs}
     output = Path(arguments.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
