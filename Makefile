@@ -1,6 +1,7 @@
 # make demo: train a tiny model at five levels and draw the dose-response; make test: all tests but slow and gpu ones.
 # make reproduce-quick, make reproduce: the headline sweep, its evaluation and its report. TEXT=a.txt,b.txt trains on those
 # files instead of the built-in prose; a broken run is taken up where it stopped.
+# make faults: 30 seeded kills of a rank, each run started again and compared (docs/reliability.md).
 # PYTHON=... chooses the interpreter (an installed torch is used as it is); TORCH=... what to install where there is none.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -10,7 +11,7 @@ RUN = $(VENV)/bin/python
 TEXT ?=
 ON_TEXT = $(if $(TEXT),--set dataset_name=null --set train_file=$(TEXT) --set unwrap=true)
 
-.PHONY: demo test test-slow reproduce reproduce-quick docs clean
+.PHONY: demo test test-slow reproduce reproduce-quick faults soak docs clean
 
 demo: $(VENV)/.ready
 	$(RUN) benchmarks/demo.py --output runs/demo
@@ -29,9 +30,16 @@ reproduce: $(VENV)/.ready
 	$(VENV)/bin/ds-stability sweep reproduce $(ON_TEXT)
 	$(VENV)/bin/ds-stability report evals/reproduce --predictions eval/predictions.yaml
 
+soak: $(VENV)/.ready
+	$(RUN) benchmarks/soak.py --output runs/soak
+
+faults: $(VENV)/.ready
+	$(RUN) tests/faults/driver.py --trials 30 --output runs/faults
+
 docs: $(VENV)/.ready
 	$(RUN) docs/generate.py
 	$(RUN) benchmarks/render.py
+	$(RUN) tests/faults/driver.py --render docs/reliability.md
 
 $(VENV)/.ready: setup.py constraints.txt scripts/setup_env.sh
 	TORCH="$(TORCH)" bash scripts/setup_env.sh "$(PYTHON)" "$(VENV)"

@@ -24,7 +24,7 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "ds_stability.ds_configs": ["*.json", "models/*.json"],
-        "ds_stability.launchers": ["*.md", "hostfile.example", "recipes/*.yaml", "sweeps/*.yaml"],
+        "ds_stability.launchers": ["*.md", "accelerate.yaml", "hostfile.example", "recipes/*.yaml", "slurm/*.sbatch", "sweeps/*.yaml"],
         "ds_stability.eval": ["*.yaml", "*.j2", "suites/*.yaml", "suites/tasks/*"],
     },
     install_requires=[
@@ -42,6 +42,7 @@ setup(
         "matplotlib>=3.8",
         "jinja2>=3.1",
         "pandas>=2.0",
+        "psutil>=5.9",
     ],
     extras_require={
         "peft": ["peft>=0.17"],

@@ -80,7 +80,7 @@ def main() -> int:
 def measurement(kind: str, analysis: Analysis, sweep: Path | None) -> dict[str, Any]:
     """What docs/results/KIND.json holds."""
     cells = analysis.evaluation.cells
-    runs = [cell.meta.get("run") or {} for cell in cells]
+    gits = [git for cell in cells if (git := (cell.meta.get("run") or {}).get("git"))]
     suites = sorted({cell.meta["suite"]["name"] for cell in cells})
     seeds = {"training": sorted({cell.seed for cell in cells if cell.seed is not None}),
              "sampling": sorted({seed for cell in cells for seed in cell.meta["seeds"]})}  # fmt: skip
@@ -92,7 +92,8 @@ def measurement(kind: str, analysis: Analysis, sweep: Path | None) -> dict[str, 
     result |= {
         "seconds": (times["seconds"] if times else 0.0) + evaluation_seconds,
         "times": times, "evaluation_seconds": evaluation_seconds,
-        "revisions": sorted({(run.get("git") or {}).get("revision") for run in runs} - {None}),
+        "revisions": sorted({git["revision"] for git in gits}),
+        "dirty_revisions": sorted({git["revision"] for git in gits if git["dirty"]}),
         "rows": group_figures(analysis),
         "trends": [trend.to_dict() for trend in analysis.trends if trend.key in COLUMNS.values()],
         "predictions": [{"id": item.prediction.id, "statement": item.prediction.statement, "outcome": item.outcome,
@@ -105,11 +106,16 @@ def measurement(kind: str, analysis: Analysis, sweep: Path | None) -> dict[str, 
 
 
 def training_times(sweep: Path | None) -> dict[str, Any] | None:
-    """Of the attempts of a sweep that ended: their number, sum, median and extremes in seconds."""
+    """Of the attempts of a sweep that ended: their number, sum, median and extremes in seconds.
+
+    Cells that the sweep no longer has do not count.
+    """
     if sweep is None:
         return None
     lines = [json.loads(line) for line in (sweep / "attempts.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds = [line["seconds"] for line in lines if line["event"] == "end"]
+    manifest = sweep / "sweep.json"
+    removed = {cell["id"] for cell in json.loads(manifest.read_text(encoding="utf-8"))["removed"]} if manifest.exists() else set()
+    seconds = [line["seconds"] for line in lines if line["event"] == "end" and line["cell"] not in removed]
     return {"attempts": len(seconds), "seconds": sum(seconds), "median": statistics.median(seconds), "shortest": min(seconds),
             "longest": max(seconds)}  # fmt: skip
 

@@ -156,7 +156,7 @@ def headline_section(result: dict[str, Any]) -> str:
     times = result["times"]
     took = (f"Training took {times['seconds'] / 60:.0f} minutes ({times['attempts']} runs, median {times['median']:.0f} s, {times['shortest']:.0f} to "
             f"{times['longest']:.0f} s), evaluation {result['evaluation_seconds'] / 60:.0f}. The runs were made at commit "
-            f"{', '.join(f'`{revision[:12]}`' for revision in result['revisions'])}.")  # fmt: skip
+            f"{', '.join(_revision(name, result) for name in result['revisions'])}.")  # fmt: skip
     return "\n\n".join([
         took,
         "**Verdict.** " + " ".join(result["sentences"]),
@@ -166,6 +166,10 @@ def headline_section(result: dict[str, Any]) -> str:
         "Rank correlation with the level, and a test for a trend (Jonckheere-Terpstra, two-sided, cells as units):",
         common.markdown_table(*headline.trends_table(result)),
     ])  # fmt: skip
+
+
+def _revision(name: str, result: dict[str, Any]) -> str:
+    return f"`{name[:12]}`{' with uncommitted changes' if name in result.get('dirty_revisions', ()) else ''}"
 
 
 def arms_section(result: dict[str, Any]) -> str:
@@ -188,11 +192,24 @@ def metric_speed_section(result: dict[str, Any]) -> str:
             f"{whole['processor_seconds']:.1f} s of one core.\n\n{common.markdown_table(*metric_speed.speed_table(result))}")  # fmt: skip
 
 
+def faults_section(result: dict[str, Any]) -> str:
+    """One row a phase: how many kills, how many inside the phase, and what came of them."""
+    header = ["killed while", "kills (of rank 0)", "inside the phase", "all processes ended", "seconds: median, longest",
+              "lost rank named", "same bytes after restart"]  # fmt: skip
+    rows = []
+    for row in result["phases"]:
+        seconds = f"{common.number(row['median_seconds'], 1)}, {common.number(row['longest_seconds'], 1)}"
+        rows.append([row["phase"], f"{row['trials']} ({row['rank_0']})", str(row["inside"]), str(row["ended"]), seconds,
+                     str(row["named"]), str(row["same"])])  # fmt: skip
+    failed = [f"Trial {row['trial']} failed: {row['phase']}, rank {row['rank']} at {row['moment']}." for row in result["failed"]]
+    return "\n\n".join([common.markdown_table(header, rows), *failed])
+
+
 SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "overhead": overhead_section, "headline": headline_section,
             "arms": arms_section, "pretrained": pretrained_section, "generation": generation_section,
-            "metric_speed": metric_speed_section}  # fmt: skip
+            "metric_speed": metric_speed_section, "faults": faults_section}  # fmt: skip
 SAME_FILE = {"arms": "headline"}  # sections that show another part of a results file
-DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed")
+DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults")
 
 
 def draw(results: Path, folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ds_stability.errors import UserError
+from ds_stability.safe_text import safe_line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,15 +23,21 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"error: {safe_line(message)} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(UserError.exit_code)
+
+
+def _epilog(example: str, codes: str) -> dict[str, Any]:
+    """What stands below the flags in --help: an example, and what the exit code says."""
+    return {"epilog": f"example:\n  {example}\n\nexit codes:\n  {codes}", "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def add_inspect(subparsers: Any) -> None:
     """`inspect FILE`: the resolved block, the loss path and warnings, without a GPU."""
     parser = subparsers.add_parser(
-        "inspect", help="show the resolved stability block of a DeepSpeed JSON, its loss path and warnings"
-    )
+        "inspect", help="show the resolved stability block of a DeepSpeed JSON, its loss path and warnings",
+        **_epilog("ds-stability inspect ds_configs/zero3_bf16.json --stability_level 0:0,200:0.5", "0 the file and its block are valid; 2 one of them is not"),
+    )  # fmt: skip
     parser.add_argument("file", help="DeepSpeed JSON with a stability block")
     parser.add_argument("--stability_level", metavar="LEVEL", help='override the level: "0.5" or "0:0,200:0.5"')
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -47,7 +54,12 @@ def _run_inspect(args: argparse.Namespace) -> int:
 
 def add_sweep(subparsers: Any) -> None:
     """`sweep FILE.yaml`: train every cell of a grid, then evaluate them."""
-    parser = subparsers.add_parser("sweep", help="train every cell of a grid under the deepspeed launcher, then evaluate them")
+    parser = subparsers.add_parser(
+        "sweep", help="train every cell of a grid under the deepspeed launcher, then evaluate them",
+        **_epilog("ds-stability sweep launchers/sweeps/example.yaml --set max_steps=50 --dry_run",
+                  "0 all cells are done; 1 a cell or the evaluation failed; 2 a mistake in what was given;\n"
+                  "  128 + N ended by signal N. The same command goes on where it stopped."),
+    )  # fmt: skip
     parser.add_argument("file", help="the sweep's YAML, or the name of one that ships, such as reproduce")
     parser.add_argument("--output_dir", help="folder of the sweep; default runs/NAME")
     parser.add_argument("--num_gpus", type=int, help="processes that a cell is trained by; default the file's")
@@ -73,7 +85,12 @@ def add_eval(subparsers: Any) -> None:
     """`eval MODEL...`: evaluate models, each as a cell of --output_dir."""
     from ds_stability.eval.command import add_flags
 
-    parser = subparsers.add_parser("eval", help="evaluate models: samples, scores on text, grammar and downstream tasks")
+    parser = subparsers.add_parser(
+        "eval", help="evaluate models: samples, scores on text, grammar and downstream tasks",
+        **_epilog("ds-stability eval runs/first --suite quick --num_gpus 2 --output_dir evals/first",
+                  "0 all cells are done; 2 a mistake in what was given; 130 interrupted; else something failed.\n"
+                  "  The same command goes on where it stopped, with any number of processes."),
+    )  # fmt: skip
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a run or a model, or hub name")
     add_flags(parser)
     parser.add_argument("--num_gpus", type=int, metavar="N", help="processes on each machine, one per GPU (default: 1)")
@@ -90,7 +107,11 @@ def _run_eval(args: argparse.Namespace) -> int:
 
 def add_report(subparsers: Any) -> None:
     """`report DIR`: one HTML page with figures and tables from the cells that `eval` wrote."""
-    parser = subparsers.add_parser("report", help="make the report of evaluated cells: one page, figures, tables")
+    parser = subparsers.add_parser(
+        "report", help="make the report of evaluated cells: one page, figures, tables",
+        **_epilog("ds-stability report evals/reproduce --predictions eval/predictions.yaml",
+                  "0 the page is written (its path is printed); 2 a mistake in what was given, or nothing to report on"),
+    )  # fmt: skip
     parser.add_argument("directory", metavar="DIR", help="evals/NAME, the --output_dir of ds-stability eval")
     parser.add_argument("--output", metavar="DIR", help="folder of the page (default: DIR/report)")
     parser.add_argument("--baseline_level", type=float, default=0.0, help="level that the others are compared to (default: 0)")
@@ -104,7 +125,7 @@ def _run_report(args: argparse.Namespace) -> int:
     from ds_stability.eval.report import write_report
 
     output, predictions = (Path(value) if value else None for value in (args.output, args.predictions))
-    print(write_report(Path(args.directory), output, args.baseline_level, predictions))
+    print(safe_line(write_report(Path(args.directory), output, args.baseline_level, predictions)))
     return 0
 
 

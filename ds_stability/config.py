@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from typing_extensions import TypedDict
 
 from ds_stability.config_describe import KeyInfo, describe_model, translate
@@ -35,13 +35,20 @@ BLOCK = "stability"
 WARMUP_PRETRAINED, WARMUP_SCRATCH = 10, 100
 REGULARIZATION_MAX = {"z_loss": 1e-2, "label_smoothing": 0.3, "init_decay": 0.1}
 
+
+def _path(value: str) -> str:
+    if "\0" in value:  # no system call takes it; half surrogate pairs are refused by pydantic
+        raise InvalidValue("", value, "a path, in which no NUL character can stand")
+    return value
+
+
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 _Level = Annotated[Any, PlainValidator(parse_schedule)]
 _OptionalLevel = Annotated[Any, PlainValidator(lambda value: None if value is None else parse_schedule(value))]
 _Steps = Annotated[int, Field(ge=0, le=MAX_STEP)]
 _Count = Annotated[int, Field(ge=1, le=MAX_STEP)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
-_Path = Annotated[str, Field(min_length=1)]
+_Path = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
 def _family_level(meaning: str) -> Any:

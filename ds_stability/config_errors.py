@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+from ds_stability.safe_text import escaped
+
 MAX_SHOWN = 60  # characters of a value or key that a message repeats
 
 
@@ -26,7 +28,7 @@ def one_line(text: str, limit: int | None = None) -> str:
     """`text` with everything that is not printable escaped (so no line breaks), cut after `limit` characters."""
     if limit is not None and len(text) > limit:
         text = text[:limit] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return escaped(text)
 
 
 def show_value(value: object, depth: int = 2) -> str:

@@ -1,5 +1,6 @@
 """How a script of ours speaks: one rank, one line for a user's mistake, quiet libraries."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -8,10 +9,15 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from ds_stability.errors import SkippedStepsError, UserError
+from ds_stability.errors import PeerLostError, SkippedStepsError, StoppedError, StorageError, UserError
+from ds_stability.output import stop_when_unread
+from ds_stability.preemption import release_signals
+from ds_stability.safe_text import safe_line
+from ds_stability.siblings import ended_soon
 
 T = TypeVar("T")
 SPEAK_AFTER_SECONDS = 15.0  # the launcher polls once a second, and rank 0 may import more slowly
+STORAGE_SECONDS = 3.0  # a disk may be full for one rank alone, for which all others wait
 
 
 def global_rank() -> int:
@@ -35,20 +41,38 @@ def quiet_libraries() -> None:
 
 
 def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run `main(argv)`; a UserError or SkippedStepsError becomes one line from rank 0 and its exit code.
+    """Run `main(argv)`; an error of errors.py becomes one line from rank 0 and its exit code.
 
     The launcher ends all ranks of a host as soon as one has failed. The other ranks therefore give rank 0 time to say what
     is wrong; one that is still there afterwards is alone with its mistake (a file missing on its host) and says so itself.
     """
+    stop_when_unread()
     try:
         main(sys.argv[1:] if argv is None else argv)
+    except StoppedError as stop:  # as asked for: nobody else has to say it
+        if global_rank() == 0:
+            print(f"stopped: {stop}", file=sys.stderr, flush=True)
+        return stop.exit_code
     except (UserError, SkippedStepsError) as error:
-        rank = global_rank()
-        if rank != 0:
-            time.sleep(SPEAK_AFTER_SECONDS)
-        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        _speak(error)
         return error.exit_code
+    except (PeerLostError, StorageError) as error:
+        _speak(error)
+        sys.stdout.flush()
+        if isinstance(error, PeerLostError) and ended_soon():
+            time.sleep(SPEAK_AFTER_SECONDS)  # the launcher ends this one, and returns the code of the rank that failed first
+        os._exit(error.exit_code)  # a communicator without its peers can hang in its destructor
     return 0
+
+
+def _speak(error: Exception) -> None:
+    rank = global_rank()
+    if not isinstance(error, PeerLostError):
+        release_signals()  # it is the launcher's now to end those that wait here, and they have nothing to add
+    if rank != 0:
+        time.sleep(STORAGE_SECONDS if isinstance(error, StorageError) else SPEAK_AFTER_SECONDS)
+    with contextlib.suppress(OSError):  # cut off from the launcher's host: nobody listens, but the exit code must be right
+        print(f"error: {f'rank {rank}: ' if rank else ''}{safe_line(error)}", file=sys.stderr, flush=True)
 
 
 def agree(action: Callable[[], T]) -> T:

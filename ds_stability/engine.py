@@ -7,6 +7,7 @@ optimizer step, top to bottom, is `StabilityMixin._take_model_step`; what it use
 import copy
 import inspect
 import weakref
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -16,6 +17,7 @@ from ds_stability.config import StabilityConfig, split_config, unsupported
 from ds_stability.deepspeed_config import find_auto, load_ds_config
 from ds_stability.errors import StabilityConfigError
 from ds_stability.stability import Stability
+from ds_stability.universal import mend_loaded_optimizer
 
 _deepspeed_initialize = deepspeed.initialize
 # Both ends weak: an engine holds its module, so a strong value would keep every engine of a process alive.
@@ -115,6 +117,8 @@ class StabilityMixin:
         asked.apply_defaults()
         warm_start = asked.arguments["load_module_only"] or not asked.arguments["load_optimizer_states"]
         if path is not None and not warm_start:  # weights alone: the controller starts anew, as the optimizer does
+            if self.load_universal_checkpoint():
+                mend_loaded_optimizer(self, Path(path).parent)
             state = checkpoint.load(self, path, client_state)
             if state is not None:
                 self.stability.load_state_dict(state)

@@ -1,10 +1,18 @@
 """The errors that a user can meet. Scripts print them as one line, from one rank, and exit with `exit_code`."""
 
+from ds_stability.safe_text import safe_line
+
 
 class UserError(ValueError):
-    """A mistake that the user can mend: says what was given, what is allowed, and which flag or key to change."""
+    """A mistake that the user can mend: says what was given, what is allowed, and which flag or key to change.
+
+    Messages repeat names and values from files, so they are made one printable line here, where none can be missed.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        super().__init__(safe_line(message))
 
 
 class StabilityConfigError(UserError):
@@ -15,3 +23,21 @@ class SkippedStepsError(RuntimeError):
     """`max_skipped_steps` optimizer steps in a row had to be skipped because numbers were not finite."""
 
     exit_code = 3
+
+
+class PeerLostError(RuntimeError):
+    """Another rank, or the network to it, was lost in the middle of a run (sysexits.h: EX_UNAVAILABLE)."""
+
+    exit_code = 69
+
+
+class StorageError(RuntimeError):
+    """The file system failed while something was written: full, read-only, over quota (sysexits.h: EX_IOERR)."""
+
+    exit_code = 74
+
+
+class StoppedError(RuntimeError):
+    """A signal stopped the run after a whole step, and its checkpoint is saved: start it again (sysexits.h: EX_TEMPFAIL)."""
+
+    exit_code = 75

@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ds_stability.errors import StabilityConfigError
+from ds_stability.layout import clear_padding, partition_layout
 
 
 class ReducedGradients:
@@ -136,6 +137,7 @@ class Zero3Gradients(ReducedGradients):
             raise StabilityConfigError(
                 "zero_optimization.offload_optimizer.device is 'nvme', which ds_stability does not support; use 'cpu' or 'none'"
             )
+        clear_padding(self.partitions(), partition_layout(self.optimizer))
 
     def tensors(self):
         if self.optimizer.offload_optimizer and not get_accelerator().resolves_data_dependency():

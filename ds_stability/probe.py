@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_stability.data.text_files import iter_lines
 from ds_stability.errors import UserError
 from ds_stability.gathered import base_model, is_partitioned, standalone_module, weight_bytes
 from ds_stability.run_dir import RunDir, write_atomic
@@ -32,6 +34,7 @@ logger = logging.getLogger("ds_stability")
 
 DECODINGS = ("sample", "greedy")
 MAX_BATCH = 16  # prompts generated together
+MAX_CHARACTERS = 1_000_000  # of a prompt: a tokenizer takes a gigabyte for a word of ten million letters
 
 
 @dataclass(frozen=True)
@@ -280,13 +283,17 @@ def prompts_from_file(
     path: str | Path, tokenizer: "PreTrainedTokenizerBase", num_prompts: int | None = None
 ) -> list[list[int]]:
     """One prompt per line of a UTF-8 text file, blank lines left out; the first `num_prompts` of them."""
+    prompts: list[list[int]] = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"probe.prompts_file {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"probe.prompts_file {path}: not UTF-8 (byte {error.start}); convert it to UTF-8") from None
-    prompts = [tokenizer(line)["input_ids"] for line in lines if line.strip()][:num_prompts]
+        for number, line in iter_lines(os.fspath(path)):
+            if len(line) > MAX_CHARACTERS:
+                raise UserError(f"{path} line {number}: has {len(line)} characters, at most {MAX_CHARACTERS} are allowed")
+            if line.strip():
+                prompts.append(tokenizer(line.rstrip("\n"))["input_ids"])
+            if len(prompts) == num_prompts:
+                break
+    except UserError as error:
+        raise UserError(f"probe.prompts_file {error}") from None
     if not prompts:
         raise UserError(f"probe.prompts_file {path}: holds no prompt; write one prompt per line")
     return prompts

@@ -1,4 +1,4 @@
-"""The directory of one training run: its paths, its manifest, and how whole files are written.
+"""The directory of one training run: its paths and its manifest.
 
     manifest.json   command, resolved config, versions, git revision, seeds, hosts, data fingerprints
     metrics.jsonl   one line per optimizer step (recorder.py)
@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import socket
 import subprocess
 import sys
@@ -23,7 +22,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ds_stability.atomic import sync_directory, write_atomic, write_json_atomic
+from ds_stability.checkpoint_files import size_fault
 from ds_stability.errors import UserError
+from ds_stability.safe_read import read_json
+
+__all__ = ["RunDir", "build_manifest", "check_output_dir", "git_revision", "package_versions", "set_aside", "sync_directory", "utc_now",
+           "write_atomic", "write_json_atomic"]  # fmt: skip
 
 MANIFEST_VERSION = 1
 PACKAGES = ("ds_stability", "torch", "deepspeed", "transformers", "accelerate", "datasets", "peft", "numpy", "scipy", "lm_eval")
@@ -57,13 +62,8 @@ class RunDir:
         return sorted((int(match.group(1)), entry) for match, entry in matches if match and entry.is_dir())
 
     def complete_checkpoints(self) -> list[tuple[int, Path]]:
-        """`checkpoints` that a run can be continued from: writing them was not cut off.
-
-        Raises:
-            UserError: there is no manifest, which says how many ranks wrote them.
-        """
-        ranks = self.read_manifest().get("world_size", 1)
-        return [(step, path) for step, path in self.checkpoints() if is_complete_checkpoint(path, ranks)]
+        """`checkpoints` that are whole as far as file sizes tell (checkpoint_files.py)."""
+        return [(step, path) for step, path in self.checkpoints() if size_fault(path) is None]
 
     def sample_file(self, step: int) -> Path:
         return self.samples / f"step-{step:08d}.jsonl"
@@ -74,7 +74,7 @@ class RunDir:
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; UserError if it is missing or is not JSON."""
         try:
-            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+            manifest = read_json(self.manifest)
         except FileNotFoundError:
             raise UserError(f"{self.path}: no manifest.json, so this is not the directory of a run") from None
         except (OSError, ValueError) as error:
@@ -86,50 +86,6 @@ class RunDir:
     def mark_done(self) -> None:
         """Write DONE. Call on rank 0 only, after a barrier, as the last write of the run."""
         write_atomic(self.done, utc_now() + "\n")
-
-
-def is_complete_checkpoint(path: Path, ranks: int = 1) -> bool:
-    """Whether Trainer finished writing a checkpoint: its state comes last, but for the other ranks' random states."""
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return len(list(path.glob("rng_state*.pth"))) >= ranks
-
-
-def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a whole file: temporary name in the same directory, fsync, rename, fsync of the directory.
-
-    A reader sees the old file or the new one, never a part; text is UTF-8. The parent directory is made if absent.
-    """
-    path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
-    """`write_atomic` of indented JSON. NaN and infinity are refused with ValueError: they are not JSON."""
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def sync_directory(path: str | os.PathLike) -> None:
-    """fsync a directory, so that a rename in it outlives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def utc_now() -> str:
@@ -200,13 +156,15 @@ def build_manifest(
     }
 
 
-def check_output_dir(path: str | os.PathLike, resume: bool, identity: Mapping[str, Any] | None = None) -> None:
+def check_output_dir(path: str | os.PathLike, resume: bool, identity: Mapping[str, Any] | None = None,
+                     restart: bool = False) -> None:  # fmt: skip
     """Refuse an output directory that cannot be written, or that holds anything but the run to continue.
 
     Changes nothing on disk. Every rank may call it, but before rank 0 writes the manifest: on a new run the directory
     must be absent or empty.
 
     Args:
+        restart: a new run may begin in a folder whose run has not come to its first checkpoint (`set_aside`).
         resume: continue the run in `path`. Its manifest's identity must then equal `identity` (None: not compared).
 
     Raises:
@@ -218,7 +176,7 @@ def check_output_dir(path: str | os.PathLike, resume: bool, identity: Mapping[st
     _check_writable(run.path)
     occupied = run.path.is_dir() and any(run.path.iterdir())
     if not resume:
-        if occupied:
+        if occupied and not (restart and _is_of_a_run(run)):
             what = "holds another run" if run.manifest.exists() else "is not empty and holds no run"
             advice = " or continue it with --resume_from_checkpoint true" if run.manifest.exists() else ""
             raise UserError(f"--output_dir {run.path}: {what}; give an empty or new --output_dir{advice}")
@@ -243,6 +201,29 @@ def _check_identity(run: RunDir, recorded: Mapping[str, Any], identity: Mapping[
         )
 
 
+def _is_of_a_run(run: RunDir) -> bool:
+    """Whether a run, and nothing else, has written into the folder, as far as one can tell."""
+    return run.manifest.exists() or all(_KEPT.fullmatch(entry.name) for entry in run.path.iterdir())
+
+
+def set_aside(run: RunDir) -> Path | None:
+    """Move what a run left that died before its first whole checkpoint into attempt-K; None if it left nothing.
+
+    For the process that holds the run's lock. Locks and earlier attempts stay where they are.
+    """
+    left = [entry for entry in run.path.iterdir() if not _KEPT.fullmatch(entry.name)]
+    if not left:
+        return None
+    number = 1
+    while (target := run.path / f"attempt-{number}").exists():
+        number += 1
+    target.mkdir()
+    for entry in left:
+        entry.rename(target / entry.name)
+    return target
+
+
+_KEPT = re.compile(r".*\.lock|attempt-\d+|\.(saving|removing)-.*")
 _ABSENT = object()
 
 

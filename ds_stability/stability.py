@@ -45,6 +45,8 @@ class Stability:
     Attributes:
         config: the resolved `StabilityConfig`.
         metrics: values of the last optimizer step, by the keys of the tag table; None where undefined.
+        stop_wish: whether this rank was asked to stop; called once a step, on every rank.
+        stop_requested: whether any rank was asked to, at the last step's end; the same on every rank.
         listeners: called with (step, metrics) after every optimizer step, applied or skipped, on every rank.
         recorder: the run's `Recorder` on rank 0 where an integration made one, else None.
         probe: the `Probe` that an integration runs at its interval, or None.
@@ -73,6 +75,8 @@ class Stability:
             self.loss.on_backward = self.noise.start
         self.applied_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.metrics: dict[str, float | None] = {}
+        self.stop_wish: Callable[[], bool] = lambda: False
+        self.stop_requested = False
         self.listeners: list[Callable[[int, dict], None]] = []
         self.recorder = self.probe = None
         self.started = time.perf_counter()
@@ -182,6 +186,7 @@ class Stability:
             self.noise.clear()
         values[6:8] = self.meter.sums
         self.meter.clear()
+        values[8] = float(self.stop_wish())
         return values
 
     @contextmanager
@@ -204,6 +209,7 @@ class Stability:
         """
         now = time.perf_counter()
         elapsed, self.started = now - self.started, now
+        self.stop_requested = sums["stop_requests"] > 0
         metrics = self._step_metrics(sums, elapsed)
         if applied:
             for stabilizer in self.stabilizers.values():

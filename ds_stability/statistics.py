@@ -36,6 +36,7 @@ STEP_FIELDS = (
     "coefficient",  # sum over micro-batches of (d loss / d token loss) * tokens, over world size
     "update_sq",  # |parameter update|^2 of the last measured step
     "parameter_sq",  # |parameters|^2 before that update
+    "stop_requests",  # ranks that were asked to stop after this step (preemption.py)
 )
 FIELDS = TOKEN_FIELDS + STEP_FIELDS
 INDEX = {name: index for index, name in enumerate(FIELDS)}

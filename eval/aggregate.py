@@ -122,15 +122,21 @@ def seed_picks(seeds: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def _inner(measured: Sequence[Measured], resamples: int, seed: int) -> np.ndarray:
-    """Values of each Measured over resampled units, [measured, resamples]; all have equally many units."""
+    """Values of each Measured over resampled units, [measured, resamples]; all have equally many units.
+
+    nan for a resample without a value: of empty units, or with one that is not a finite number.
+    """
     totals, counts = (np.stack([getattr(item, name) for item in measured], axis=1) for name in ("totals", "counts"))
     if len(totals) > MAX_UNITS:
         first = np.arange(MAX_UNITS) * len(totals) // MAX_UNITS
         totals, counts = (np.add.reduceat(array, first, axis=0) for array in (totals, counts))
     weights = _weights(len(totals), resamples, seed)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample of empty units has no value: nan, left out later
-        values = (weights @ totals) / (weights @ counts)
-    return values.T
+    broken = ~(np.isfinite(totals) & np.isfinite(counts))
+    totals, counts = (weights @ np.where(broken, 0.0, array) for array in (totals, counts))
+    known = counts > 0
+    if broken.any():
+        known &= weights @ broken == 0
+    return np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=known).T
 
 
 def _units(cell: Cell, key: Key) -> Measured:

@@ -21,6 +21,7 @@ from typing import Any
 from ds_stability.data.frequency import FILE_NAME
 from ds_stability.errors import UserError
 from ds_stability.run_dir import RunDir, sync_directory, utc_now, write_atomic, write_json_atomic
+from ds_stability.safe_read import parse_json, read_json
 
 from .records import Measured, Prompt
 from .work import Journal, Records, dump_line
@@ -45,9 +46,9 @@ def resolve_model(given: str) -> ModelPath:
         UserError: no such path, or a run that has no final/ yet.
     """
     path = Path(given)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that no file can have
         # A hub name has the form name or owner/name; anything else can only be a path.
-        if given.startswith((".", "/", "~")) or given.count("/") > 1 or not given.strip("/"):
+        if given.startswith((".", "/", "~")) or given.count("/") > 1 or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
             raise UserError(f"--model {given}: no such folder")
         return ModelPath(given, given, None)
     if not path.is_dir():
@@ -104,15 +105,15 @@ def describe_run(model: str | ModelPath) -> dict[str, Any] | None:
         return None
     run = RunDir(found.run)
     manifest, planned = run.read_manifest(), _planned(found.run)
-    config, data = manifest.get("config", {}), manifest.get("data", {})
-    stability = config.get("stability", {})
-    axes = planned.get("axes", {})
+    config, data, seeds, axes = (_object(known.get(key)) for known, key in (
+        (manifest, "config"), (manifest, "data"), (manifest, "seeds"), (planned, "axes")))  # fmt: skip
+    stability = _object(config.get("stability"))
     return {
         "name": run.path.resolve().name,
         "path": str(run.path.resolve()),
         "level": stability.get("level"),
         "arm": planned.get("arm"),
-        "seed": manifest.get("seeds", {}).get("seed"),
+        "seed": seeds.get("seed"),
         "architecture": axes.get("architecture") or _model_type(run.final),
         "axes": axes,
         "stability": stability,
@@ -125,13 +126,18 @@ def describe_run(model: str | ModelPath) -> dict[str, Any] | None:
     }
 
 
+def _object(value: Any) -> dict[str, Any]:
+    """Of a file that anybody may have written: {} for what is no object."""
+    return value if isinstance(value, dict) else {}
+
+
 def _planned(run: Path) -> dict[str, Any]:
     """The run's entry in the sweep.json of the folder above it; {} where there is none."""
     path = run.resolve().parent / "sweep.json"
     if not path.is_file():
         return {}
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        cells = read_json(path)["cells"]
         return next((dict(cell) for cell in cells if cell["id"] == run.resolve().name), {})
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: cannot be read as the plan of a sweep; mend it, or move the run elsewhere") from None
@@ -139,8 +145,8 @@ def _planned(run: Path) -> dict[str, Any]:
 
 def _model_type(final: Path) -> str | None:
     try:
-        return json.loads((final / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError):
+        return read_json(final / "config.json")["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -149,7 +155,7 @@ def _last_metrics(path: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(path.read_bytes().splitlines()[-3:]):  # the last line may be torn
         try:
-            return json.loads(line)
+            return parse_json(line)
         except ValueError:
             continue
     return None
@@ -210,7 +216,7 @@ class CellDir:
             UserError: the folder holds results, or a part of them, of something else.
         """
         if self.done.exists():
-            recorded = _read_object(self.cell).get("identity", {})
+            recorded = _object(_read_object(self.cell).get("identity"))
             # A finished cell stands whatever device it was made on; a half one must go on where it began.
             self._require(recorded, {**identity, "device": recorded.get("device")})
             return True
@@ -289,10 +295,10 @@ def write_items(path: Path, measured: Iterable[Measured]) -> None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError):
         raise UserError(f"{path}: cannot be read; remove the folder {path.parent} to evaluate the cell anew") from None
-    return value if isinstance(value, dict) else {}
+    return _object(value)
 
 
 def _short(value: Any) -> str:

@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, help="how samples are generated (default: the suite's)")
     parser.add_argument("--max_memory_gib", type=float, metavar="GIB", help="memory of a device that a model may take")
     parser.add_argument("--gpus_per_model", type=int, default=1, metavar="N", help="GPUs that one copy of a model is spread over")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model, or with a file of an lm-eval task")
 
 
 def run_parser() -> argparse.ArgumentParser:

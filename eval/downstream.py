@@ -12,6 +12,7 @@ lm_eval is imported inside functions: the package works without it.
 
 import difflib
 import logging
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,12 +50,17 @@ def local_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_downstream(names: Sequence[str]) -> None:
+def check_downstream(names: Sequence[str], trust_remote_code: bool = False) -> None:
     """Whether lm-eval is there and knows the tasks; cheap where all are ours, seconds otherwise. Loads no data.
 
     Raises:
-        UserError: it is missing or too old, or a name is unknown, with near ones.
+        UserError: it is missing or too old, a name is unknown (with near ones), or is a file and `trust_remote_code` is False:
+            lm-eval runs the Python functions that a file names (!function), and its templates are not sandboxed.
     """
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    if files and not trust_remote_code:
+        raise UserError(f"downstream.tasks: {files[0]} is a file, and lm-eval runs the code that stands in it (!function, templates); "
+                        "read it, then give --trust_remote_code")  # fmt: skip
     _task_manager(names)
 
 
@@ -82,7 +88,7 @@ def _task_manager(names: Sequence[str]) -> Any:
 
 
 def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+    return name.endswith((".yaml", ".yml")) and os.path.isfile(name)
 
 
 def _load(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:

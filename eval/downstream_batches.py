@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ds_stability.safe_read import parse_json
+
 Answer = Any  # JSON: [log-likelihood, greedy], a text, or None where the model gave no finite number
 
 
@@ -73,8 +75,8 @@ class Journal:
         for path in sorted(self.folder.glob("rank-*.jsonl")):
             for line in path.read_bytes().split(b"\n")[:-1]:
                 try:
-                    entry = json.loads(line)
-                    answers.setdefault(entry["batch"], entry["answers"])
+                    entry = parse_json(line)
+                    answers.setdefault(str(entry["batch"]), list(entry["answers"]))
                 except (ValueError, KeyError, TypeError):
                     continue  # a line that a crash of the machine left half written; its batch is computed again
         return answers

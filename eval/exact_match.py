@@ -9,7 +9,7 @@ pass@k is the chance that at least one of k samples is right, by the unbiased es
 Large Language Models Trained on Code"): 1 - C(n - c, k) / C(n, k) for c right ones of n samples, averaged over items.
 """
 
-import json
+import os
 import re
 import string
 from collections.abc import Sequence
@@ -18,15 +18,19 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
+from ds_stability.data.text_files import iter_lines
 from ds_stability.errors import UserError
+from ds_stability.safe_read import is_text, parse_json
 
 from .decoding import DEFAULT_DECODINGS, Decoding, sample_key
+from .prompts import MAX_CHARACTERS
 from .records import Measured
 
 TASKS = Path(__file__).parent / "suites" / "tasks"
 MAX_NEW_TOKENS = 16
 SAMPLES = 8
 PASS_AT = (1, 8)
+LONGEST_NUMBER = 1000
 CHANCE = 0.0  # of a text that must match
 _NUMBER = re.compile(r"-?\d+")
 _AROUND = string.punctuation + string.whitespace
@@ -45,15 +49,11 @@ def load_items(task: str, limit: int | None = None) -> list[Item]:
     Raises:
         UserError: no such file or name, not UTF-8, a line that is no such object, no item.
     """
-    path = TASKS / f"{task}.jsonl" if (TASKS / f"{task}.jsonl").is_file() else Path(task)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"exact_match.task {task}: {error.strerror}; give a file of {{\"prompt\", \"answer\"}} lines, or "
-                        f"one of {', '.join(generative_tasks())}") from None  # fmt: skip
-    except UnicodeDecodeError as error:
-        raise UserError(f"exact_match.task {path}: is not UTF-8 (byte {error.start})") from None
-    items = [_item(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    path = TASKS / f"{task}.jsonl" if task in generative_tasks() else Path(task)
+    if not os.path.isfile(path):
+        raise UserError(f"exact_match.task {task}: No such file; give a file of {{\"prompt\", \"answer\"}} lines, or one of "
+                        f"{', '.join(generative_tasks())}")  # fmt: skip
+    items = [_item(line, f"{path} line {number}") for number, line in iter_lines(str(path)) if line.strip()]
     if not items:
         raise UserError(f"exact_match.task {path}: holds no item")
     return items[:limit]
@@ -66,12 +66,14 @@ def generative_tasks() -> list[str]:
 
 def _item(line: str, where: str) -> Item:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         prompt, answer, kind = row["prompt"], row["answer"], row.get("kind", "")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"exact_match.task {where}: is no JSON object with prompt and answer") from None
     if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not normalized(answer):
         raise UserError(f"exact_match.task {where}: prompt and answer must be texts that are not empty")
+    if not (is_text(prompt) and is_text(answer) and is_text(str(kind))) or len(line) > MAX_CHARACTERS:
+        raise UserError(f"exact_match.task {where}: a NUL, half of a surrogate pair, or more than {MAX_CHARACTERS} characters")
     return Item(prompt, answer, str(kind))
 
 
@@ -79,7 +81,7 @@ def normalized(text: str) -> str:
     """Lower case, single spaces, nothing but a letter, a digit or a leading minus at the ends."""
     text = " ".join(text.casefold().split())
     if _NUMBER.fullmatch(text):
-        return str(int(text))
+        return str(int(text)) if len(text) <= LONGEST_NUMBER else text  # Python refuses to convert thousands of digits
     return text.strip(_AROUND)
 
 

@@ -5,7 +5,7 @@ then the disk.
 """
 
 import hashlib
-import json
+import os
 import re
 import shutil
 import tempfile
@@ -14,13 +14,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import psutil
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -28,11 +26,11 @@ from ds_stability.data.frequency import FILE_NAME as HIGH_FREQUENCY_FILE
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.data.tokenizer import special_token_ids, tokenizer_hash
 from ds_stability.errors import UserError
+from ds_stability.safe_read import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 DESCRIPTIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")  # of config and tokenizer
-LOADING_ERRORS = (OSError, ValueError, KeyError, EOFError, RuntimeError, UnpicklingError, SafetensorError)
 MEMORY_SHARE = 0.8  # of a device's memory that weights may take: caches and activations need the rest
 SAMPLED_BYTES, SAMPLES = 2**16, 64  # of a weight file, for the fingerprint
 
@@ -64,6 +62,36 @@ class Loaded:
     folder: Path
 
 
+@dataclass(frozen=True)
+class Description:
+    """What is known of a model without its weights; attributes as in Loaded, `vocab_size` as its config has it."""
+
+    config: Any
+    tokenizer: Any
+    context_length: int | None
+    vocab_size: int
+    high_frequency: HighFrequencySet | None
+    folder: Path
+
+
+def describe(path: str | Path, trust_remote_code: bool = False) -> Description:
+    """Read config, tokenizer and high-frequency set: in seconds, whatever the size of the model. UserError as in `load`."""
+    folder = model_folder(path)
+    weight_files(folder)
+    config, tokenizer = _read_description(path, folder, trust_remote_code)
+    # A foreign config need not say how wide its logits are.
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
+    _check_tokenizer(path, tokenizer, vocab_size)
+    return Description(config, tokenizer, context_length(config), vocab_size, _high_frequency(folder, tokenizer, vocab_size), folder)
+
+
+def _read_description(path: str | Path, folder: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(config, tokenizer)"""
+    with _one_line(path, trust_remote_code):
+        return (AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
+                AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))  # fmt: skip
+
+
 def load(
     path: str | Path,
     device: torch.device | str,
@@ -87,9 +115,7 @@ def load(
         raise UserError(f"--dtype {dtype}: allowed are auto, {', '.join(DTYPES)}")
     device, folder = torch.device(device), model_folder(path)
     files = weight_files(folder)
-    with _one_line(path, trust_remote_code):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config, tokenizer = _read_description(path, folder, trust_remote_code)
     placement = _placement(files, config, device, dtype, max_memory_gib, gpus_per_model)
     model = _load_weights(path, folder, placement, dtype, trust_remote_code)
     vocab_size = _logits_width(model)
@@ -101,10 +127,10 @@ def load(
 
 def model_folder(path: str | Path) -> Path:
     """The folder itself, or the snapshot of a model of the hub (downloaded if need be)."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return Path(path)
     name = str(path)
-    if Path(path).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise UserError(f"--model {name}: no such folder")
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*DESCRIPTIONS, "*.safetensors"]))
@@ -134,10 +160,12 @@ def weight_files(folder: Path) -> list[Path]:
     if main.suffix != ".json":
         return [main]
     try:
-        names = set(json.loads(main.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(main)["weight_map"].values())
+        if not all(isinstance(name, str) and Path(name).name == name != ".." for name in names):
+            raise ValueError("a weight file outside of the folder")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"--model {folder}: {main.name} is no index of weights; copy the folder again") from error
-    missing = sorted(name for name in names if not (folder / name).is_file())
+    missing = sorted(name for name in names if not os.path.isfile(folder / name))
     if missing:
         raise UserError(f"--model {folder}: {len(missing)} of {len(names)} weight files are missing, first {missing[0]}; copy "
                         "the folder again")  # fmt: skip
@@ -192,7 +220,9 @@ def _one_line(path: str | Path, trust_remote_code: bool) -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     try:
         yield
-    except LOADING_ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # the readers of a foreign folder raise whatever they stumble over, tokenizers Exception itself
         if "trust_remote_code" in str(error) and not trust_remote_code:
             text = "needs code from its own repository; read it, then give --trust_remote_code"
         else:

@@ -1,6 +1,5 @@
 """Prompts: windows of human text with the way it went on, or the lines of a file."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +8,11 @@ from ds_stability.data.spec import Document, check_file
 from ds_stability.data.text_files import iter_lines
 from ds_stability.data.tokens import encode_documents, leading_ids
 from ds_stability.errors import UserError
+from ds_stability.safe_read import parse_json
 
 from .records import Prompt
 
+MAX_CHARACTERS = 1_000_000  # of a prompt: a tokenizer takes a gigabyte for a word of ten million letters
 SLACK = 8  # tokens that a window may start later, to start with a word
 
 
@@ -95,6 +96,8 @@ def prompts_from_file(path: str, tokenizer: Any, count: int | None = None, conti
     check_file(path, "prompts.file")
     rows = []
     for number, line in iter_lines(path):
+        if len(line) > MAX_CHARACTERS:
+            raise UserError(f"prompts.file {path} line {number}: has {len(line)} characters, at most {MAX_CHARACTERS} are allowed")
         if line.strip():
             rows.append((f"prompts.file {path} line {number}", line.rstrip("\n")))
         if count is not None and len(rows) == count:
@@ -109,7 +112,7 @@ def prompts_from_file(path: str, tokenizer: Any, count: int | None = None, conti
 
 def _row(line: str, where: str) -> tuple[str, str | None]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         raise UserError(f"{where}: is no JSON; write {{\"prompt\": \"...\"}}") from None
     text, reference = (row.get("prompt"), row.get("reference")) if isinstance(row, dict) else (None, None)

@@ -1,8 +1,10 @@
 """The processes of an evaluation: gloo and a store, no deepspeed. The launcher only sets the environment.
 
-A rank that fails says so in the store: the others stop at their next look instead of waiting for it.
+A rank that fails says so in the store: the others stop at their next look instead of waiting for it. One that is killed, or
+a host that is cut off, is noticed by its connection (peers.py).
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -11,11 +13,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ds_stability.errors import UserError
+from ds_stability.errors import PeerLostError, UserError
+from ds_stability.failures import peer_reason
+
+from .peers import LOST_SECONDS, PeerLinks
 
 T = TypeVar("T")
 POLL_SECONDS = 0.05
-# Gloo's waits end by success or with the launcher: a slow unit of another rank is no error.
+# Gloo's waits end by success, or because a rank is gone: a slow unit of another rank is no error.
 WAIT = timedelta(days=7)
 _FAILED = "failed"
 
@@ -27,7 +32,8 @@ class OtherRankFailed(RuntimeError):
 class Ranks:
     """All processes of this command. `start` makes it from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, store: Any = None):
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, store: Any = None, links: PeerLinks | None = None):
+        self.links = links
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.store = dist.HashStore() if store is None else store
 
@@ -41,21 +47,44 @@ class Ranks:
         store.set_timeout(WAIT)
         group_store = dist.PrefixStore("group", store)
         dist.init_process_group("gloo", store=group_store, rank=rank, world_size=world_size, timeout=WAIT)
-        return cls(rank, world_size, local_rank, dist.PrefixStore("eval", store))
+        store = dist.PrefixStore("eval", store)
+        return cls(rank, world_size, local_rank, store, PeerLinks(rank, world_size, store))
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def stop(self) -> None:
+        self._close_links()
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the other ranks that this one has failed."""
-        if self.world_size > 1:
+        """Tell the other ranks that this one has failed.
+
+        Raises:
+            OtherRankFailed, PeerLostError: `error` only says that this one was left alone.
+        """
+        if self.world_size == 1:
+            return
+        if peer_reason(error) is not None:
+            self._explain(error)
+        with contextlib.suppress(dist.DistError):  # rank 0 has gone, and the store with it
             self.store.set(f"{_FAILED}/text", f"rank {self.rank}: {type(error).__name__}: {error}")
             self.store.add(_FAILED, 1)
+        self._close_links()
+
+    def _explain(self, error: BaseException) -> None:
+        with contextlib.suppress(dist.DistError):
+            self.check()  # one has failed, and has said why
+        time.sleep(LOST_SECONDS)  # the thread of the links knows who is lost, and ends this process
+        raise PeerLostError(f"lost contact with another rank ({peer_reason(error)}); start the same command again, and it goes "
+                            "on") from error  # fmt: skip
+
+    def _close_links(self) -> None:
+        if self.links is not None:
+            self.links.close()
+            self.links = None
 
     def check(self) -> None:
         """Raise OtherRankFailed if any rank has failed."""

@@ -9,6 +9,8 @@ import io
 import json
 import re
 import shutil
+import warnings
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 
 from ds_stability.errors import UserError
 from ds_stability.run_dir import write_atomic
+from ds_stability.safe_text import safe_line
 
 from . import report_curves, report_figures
 from .aggregate import (
@@ -37,6 +40,7 @@ from .report_tables import ARM_KEYS, HEADLINE, csv_text, metric_family, metric_t
 from .trend import Trend, trend
 from .verdict import Facts, Judgement, arms_table, judge, load_predictions, sentences
 
+WARNINGS = 5  # cells that are left out, named on stderr
 PREDICTION_FILES = ("predictions.yaml", "predictions.yml", "predictions.json")
 
 
@@ -71,7 +75,9 @@ def write_report(folder: Path, output: Path | None = None, baseline_level: float
     analysis = analyze(read_evaluation(folder), baseline_level, predictions)
     samples = collect(analysis.evaluation)
     output = output or folder / "report"
-    pictures = draw_figures(analysis)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # it prints control characters in names as they are
+        pictures = draw_figures(analysis)
     try:
         frame = io.BytesIO()
         results_frame(analysis.evaluation.cells).to_parquet(frame, index=False)
@@ -83,6 +89,10 @@ def write_report(folder: Path, output: Path | None = None, baseline_level: float
         write_tensorboard(analysis, folder / "tensorboard")
         page = output / "index.html"
         write_atomic(page, render(analysis, pictures, samples, baseline_level))
+        for cell in analysis.evaluation.incomplete[:WARNINGS]:
+            print(safe_line(f"warning: cell {cell.id} is left out: {cell.reason}"), file=sys.stderr)
+        if len(analysis.evaluation.incomplete) > WARNINGS:
+            print(f"warning: {len(analysis.evaluation.incomplete)} cells are left out; {page} names all", file=sys.stderr)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
     return page
@@ -190,8 +200,8 @@ def write_tensorboard(analysis: Analysis, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     keys = [key for key in HEADLINE if any(cell.value(key) is not None for cell in analysis.evaluation.cells)]
     for cell in analysis.evaluation.cells:
-        values = {"/".join(filter(None, key)): cell.value(key) for key in keys or keys_of([cell])[:8]}
-        settings = {"level": "none" if cell.level is None else cell.level, "architecture": cell.architecture, "arm": cell.arm,
+        values = {safe_line("/".join(filter(None, key)), 200): cell.value(key) for key in keys or keys_of([cell])[:8]}
+        settings = {"level": "none" if cell.level is None else cell.level, "architecture": safe_line(cell.architecture, 200), "arm": safe_line(cell.arm, 200),
                     "seed": -1 if cell.seed is None else cell.seed}  # fmt: skip
         with SummaryWriter(str(folder / cell.folder.name)) as writer:
             writer.add_hparams(settings, {name: value for name, value in values.items() if value is not None}, run_name=".")

@@ -7,6 +7,7 @@ lacks beside its scores (samples cut off, no training metrics) is a problem that
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from ds_stability.errors import UserError
 
 from .records import Measured
 
+NUMBERS = ("value", "n", "units", "stderr", "ci_low", "ci_high")  # of a row of scores.json
 ITEM_COLUMNS = ("metric", "decoding", "split", "unit_id", "total", "count")
 OWN_AXES = ("level", "stability.level", "architecture", "seed", "arm")  # what the report already distinguishes
 UNTOUCHED = "untouched"
@@ -69,7 +71,8 @@ class Cell:
         return self.folder / "samples.jsonl"
 
     def value(self, key: Key) -> float | None:
-        return self.rows[key].get("value") if key in self.rows else None
+        """The figure; None where the cell has none, or one that is no finite number."""
+        return _number(self.rows[key].get("value")) if key in self.rows else None
 
 
 @dataclass
@@ -91,13 +94,17 @@ def read_evaluation(folder: Path) -> Evaluation:
         raise UserError(f"{folder}: no folder cells/ in it; give the --output_dir of ds-stability eval (evals/NAME)")
     found = Evaluation(folder.resolve().name, folder, [])
     for place in sorted(path for path in (folder / "cells").iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if not (place / "DONE").exists():
+            found.incomplete.append(Incomplete(place.name, "not finished: no DONE"))
+            continue
         try:
             found.cells.append(_read_cell(place))
         except _Broken as error:
-            found.incomplete.append(Incomplete(place.name, str(error)))
+            found.incomplete.append(Incomplete(place.name, f"{error}; to make it again, remove cells/{place.name}/DONE and run the "
+                                                           "same ds-stability eval once more"))  # fmt: skip
     if not found.cells:
         reasons = "; ".join(f"{cell.id}: {cell.reason}" for cell in found.incomplete[:3]) or "cells/ is empty"
-        raise UserError(f"{folder}: no complete cell to report on ({reasons}); finish them with ds-stability eval (a cell whose files are damaged: remove its DONE first)")
+        raise UserError(f"{folder}: no complete cell to report on ({reasons})")
     _name_variants(found.cells)
     _refuse_twins(found.cells)
     found.problems += _disagreements(found.cells)
@@ -109,12 +116,10 @@ class _Broken(Exception):
 
 
 def _read_cell(folder: Path) -> Cell:
-    if not (folder / "DONE").exists():
-        raise _Broken("not finished: no DONE")
     meta, scores = _read_object(folder / "cell.json"), _read_object(folder / "scores.json")
     try:
-        rows = {Key(row["metric"], row.get("decoding"), row.get("split")): row for row in scores["rows"]}
-    except (KeyError, TypeError, AttributeError):
+        rows = {_key(row): row for row in scores["rows"]}
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise _Broken("scores.json: not a list of rows with a metric each") from None
     run = meta.get("run") if isinstance(meta.get("run"), dict) else {}
     identity = str(meta.get("id", folder.name))
@@ -132,26 +137,46 @@ def _read_cell(folder: Path) -> Cell:
         architecture=str(run.get("architecture") or meta.get("architecture") or "unknown architecture"),
         arm=arm,
         level=_number(asked) if run else None,
-        seed=None if run.get("seed") is None else int(run["seed"]),
+        seed=run["seed"] if type(run.get("seed")) is int else None,
     )
+
+
+def _key(row: dict[str, Any]) -> Key:
+    """The key of a row of scores.json. TypeError, KeyError or ValueError for a row that is none."""
+    key, numbers = Key(row["metric"], row.get("decoding"), row.get("split")), [row.get(name) for name in NUMBERS]
+    texts = [*key[1:], row.get("unit"), row.get("note")]
+    if not isinstance(key.metric, str) or not all(text is None or isinstance(text, str) for text in texts):
+        raise TypeError("a name that is no text")
+    if not all(number is None or isinstance(number, float) or type(number) is int and abs(number) < 2**63 for number in numbers):
+        raise TypeError("a figure that is no number")
+    if not isinstance(row.get("settings"), dict | None) or _chance(row) is not None and _number(_chance(row)) is None:
+        raise TypeError("settings that are no object, or no number in them")
+    return key
+
+
+def _chance(row: dict[str, Any]) -> Any:
+    return (row.get("settings") or {}).get("chance")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        value = json.loads(path.read_bytes().decode("utf-8", errors="replace").removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
     except FileNotFoundError:
         raise _Broken(f"no {path.name}") from None
+    except RecursionError:
+        raise _Broken(f"{path.name}: nested too deeply") from None
     except json.JSONDecodeError as error:
         raise _Broken(f"{path.name}: cut off or broken at line {error.lineno} ({error.msg})") from None
-    except OSError as error:
-        raise _Broken(f"{path.name}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise _Broken(f"{path.name}: cannot be read ({isinstance(error, OSError) and error.strerror or error})") from None
     if not isinstance(value, dict):
         raise _Broken(f"{path.name}: holds a {type(value).__name__}, not an object")
     return value
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value) else None
+    known = isinstance(value, float) and math.isfinite(value) or type(value) is int and abs(value) < 2**63
+    return float(value) if known else None
 
 
 def _read_items(path: Path, rows: dict[Key, dict[str, Any]]) -> dict[Key, Measured]:
@@ -162,14 +187,17 @@ def _read_items(path: Path, rows: dict[Key, dict[str, Any]]) -> dict[Key, Measur
         frame = pd.read_parquet(path, columns=list(ITEM_COLUMNS))
     except Exception as error:  # pyarrow has errors of its own for each way in which a file can be broken
         raise _Broken(f"items.parquet: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    texts = all(frame[name].map(lambda value: isinstance(value, str) or pd.isna(value)).all() for name in ("metric", "decoding", "split"))
+    if not texts or not all(pd.api.types.is_numeric_dtype(frame[name]) for name in ("total", "count")):
+        raise _Broken("items.parquet: cannot be read (columns of another kind)")
     names = [frame[name].astype(object).where(frame[name].notna(), None).to_numpy() for name in ("metric", "decoding", "split")]
-    units, totals, counts = frame["unit_id"].astype(str).to_numpy(dtype=object), frame["total"].to_numpy(), frame["count"].to_numpy()
+    units, totals, counts = frame["unit_id"].astype(str).to_numpy(dtype=object), frame["total"].to_numpy(np.float64), frame["count"].to_numpy(np.float64)
     codes = frame.groupby(["metric", "decoding", "split"], dropna=False, sort=False).ngroup().to_numpy()
     order = np.lexsort((units.astype(str), codes))
     measured = {}
     for places in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else ():
         key = Key(*(column[places[0]] for column in names))
-        if rows.get(key, {}).get("value") is not None:
+        if _number(rows.get(key, {}).get("value")) is not None:
             measured[key] = Measured(key.metric, units[places].tolist(), totals[places], counts[places], key.decoding, key.split)
     return measured
 
@@ -216,7 +244,7 @@ def _disagreements(cells: Sequence[Cell]) -> list[str]:
     suites = {str(cell.meta.get("suite_fingerprint")) for cell in cells}
     if len(suites) > 1:
         problems.append(f"the cells were evaluated under {len(suites)} different suites: their figures are not comparable")
-    sets = {json.dumps((cell.meta.get("high_frequency") or {}).get("sha")) for cell in cells}
+    sets = {json.dumps(found.get("sha") if isinstance(found := cell.meta.get("high_frequency"), dict) else None) for cell in cells}
     if len(sets) > 1:
         problems.append(f"the cells use {len(sets)} different high-frequency sets: their high-frequency shares are not comparable")
     # Cells of one architecture and seed are compared unit by unit, and a unit is a number.
@@ -227,7 +255,7 @@ def _disagreements(cells: Sequence[Cell]) -> list[str]:
         for cell in cells:
             texts = cell.meta.get("texts")
             if isinstance(texts, dict) and cell.seed is not None:
-                found[cell.architecture, cell.seed][texts.get(fact)].append(cell.arm)
+                found[cell.architecture, cell.seed][str(texts.get(fact))].append(cell.arm)
         odd = sorted({arm for sizes in found.values() if len(sizes) > 1 for arm in min(sizes.values(), key=len)})
         if odd:
             problems.append(f"cells of one architecture and seed have different {text} (arm {', '.join(odd)} against the others)")

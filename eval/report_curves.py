@@ -1,5 +1,6 @@
 """What the training runs behind the cells recorded (metrics.jsonl): curves over steps, the ratio held, stability measures."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def metrics_file(cell: Cell, folder: Path) -> Path | None:
     if isinstance(cell.meta.get("model"), str):  # runs/NAME/final, or runs/NAME
         named += [str(Path(cell.meta["model"]).parent / "metrics.jsonl"), cell.meta["model"] + "/metrics.jsonl"]
     places = [base / name for name in named if isinstance(name, str) for base in (Path(), folder)]
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if os.path.isfile(place)), None)  # not a pipe or a device, either
 
 
 def curves(groups: dict[Group, list[Cell]], runs: dict[str, list[dict[str, Any]]], arm: str | None) -> dict[str, dict[float, dict]]:
@@ -105,7 +106,8 @@ def warmup(cell: Cell) -> int:
     """Warm-up steps of the cell's run, 0 where its stability block does not say."""
     run = cell.meta.get("run") or {}
     block = run.get("stability") if isinstance(run.get("stability"), dict) else {}
-    steps = (block.get("controller") or {}).get("warmup_steps")
+    controller = block.get("controller")
+    steps = controller.get("warmup_steps") if isinstance(controller, dict) else None
     return steps if isinstance(steps, int) else 0
 
 

@@ -44,8 +44,9 @@ def read_lines(cell: Cell, problems: list[str]) -> Iterable[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line.decode("utf-8", errors="replace"))
-                (record["prompt"], record["decoding"], record["sample"], record["text"])
-            except (ValueError, KeyError, TypeError):
+                (record["decoding"], record["text"])
+                record["prompt"], record["sample"] = int(record["prompt"]), int(record["sample"])
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 broken += 1
                 if broken == 1:  # the first one tells where to look; a file of noise must not fill the page
                     cut = "cut off" if not line.endswith(b"\n") else "broken"
@@ -66,7 +67,7 @@ def collect(evaluation: Evaluation) -> dict[str, Any]:
         own = firsts.setdefault(place, {})
         for record in read_lines(cell, evaluation.problems):
             if record["sample"] == 0:
-                own[str(record["decoding"]), int(record["prompt"])] = {name: record.get(name) for name in ("text", "finish")}
+                own[str(record["decoding"]), record["prompt"]] = {"text": _cut(record["text"]), "finish": _cut(record.get("finish"))}
     chosen = _choose(firsts)
     texts = [
         [place, decoding, prompt, _shown(record["text"]), record["finish"]]
@@ -78,8 +79,13 @@ def collect(evaluation: Evaluation) -> dict[str, Any]:
     return {"prompts": prompts, "human": human, "cells": cells, "texts": texts}
 
 
+def _cut(text: Any) -> str | None:
+    """One character more than is shown, which says that there is more: a cell may hold texts of any length."""
+    return None if text is None else str(text)[: TEXT_CHARACTERS + 1]
+
+
 def _shown(text: Any) -> str:
-    shown = visible(str(text))
+    shown = visible(str(text)[: TEXT_CHARACTERS + 1])
     return shown if len(shown) <= TEXT_CHARACTERS else shown[:TEXT_CHARACTERS] + "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -102,12 +108,13 @@ def _prompts(cells: Iterable[Cell]) -> tuple[dict[int, str], dict[int, str]]:
     path = next((cell.folder / "prompts.jsonl" for cell in cells if (cell.folder / "prompts.jsonl").exists()), None)
     prompts: dict[int, str] = {}
     human: dict[int, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path else ():
+    # Not splitlines: it also splits at U+2028 and the like, which stand in texts as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path else ():
         try:
             record = json.loads(line)
             prompts[int(record["index"])] = str(record["text"])
             if record.get("reference_text"):
                 human[int(record["index"])] = str(record["reference_text"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a prompt that cannot be shown; its continuations still are
     return prompts, human

@@ -7,6 +7,7 @@ from typing import Any
 
 from .aggregate import REFERENCE
 from .report_cells import Key
+from .report_samples import visible
 from .verdict import ENTROPY, HIGH_FREQUENCY
 
 HEADLINE = (
@@ -67,6 +68,6 @@ def csv_text(lines: Sequence[dict[str, Any]]) -> str:
 
 def _harmless(value: Any) -> Any:
     if isinstance(value, str):
-        value = value.replace("\0", "\N{SYMBOL FOR NULL}")
-        return f"'{value}" if value.lstrip().startswith(("=", "+", "-", "@")) or value.startswith(("\t", "\r")) else value
+        value = visible(value)  # a carriage return, too: it is not quoted, and a spreadsheet begins a new row there
+        return f"'{value}" if value.lstrip().startswith(("=", "+", "-", "@")) or value.startswith("\t") else value
     return value

@@ -6,14 +6,17 @@ MODEL is a run's folder (its final/ is meant), any from_pretrained folder, or a 
 another, each by all ranks of all nodes. A cell that is DONE is skipped; one that was killed goes on with any number of
 ranks, and its results are the same bytes. On a machine without GPUs set DS_ACCELERATOR=cpu, which the launcher reads.
 
-Exit codes: 0 done, 2 a mistake in what was given (one line says which), else something failed; the journal stays.
+Exit codes: 0 done, 2 a mistake in what was given (one line says which), 69 another rank or host was lost, else something
+failed; the journal stays: the same command goes on.
 """
 
+import contextlib
 import dataclasses
 import os
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ quiet_libraries()
 from ds_stability.errors import UserError  # noqa: E402
 from ds_stability.eval.command import check, run_parser  # noqa: E402
 from ds_stability.eval.suite import Suite  # noqa: E402
+from ds_stability.launch_environment import complete_environment  # noqa: E402
 
 SEEN_SECONDS = 10.0  # a network file system may show a new file late
 
@@ -86,6 +90,7 @@ def plan_cells(args: Any, suite: Suite, device_kind: str) -> list[Plan]:
     """
     from ds_stability.eval.cell import CellDir, cell_ids, file_sha, high_frequency_file, resolve_model
 
+    suite.require_files()
     models = [resolve_model(model) for model in args.models]
     ids = cell_ids(models, args.cell_names)
     from ds_stability.eval.loading import fingerprint
@@ -97,7 +102,7 @@ def plan_cells(args: Any, suite: Suite, device_kind: str) -> list[Plan]:
     if suite.downstream.tasks:
         from ds_stability.eval.downstream import check_downstream
 
-        check_downstream(suite.downstream.tasks)
+        check_downstream(suite.downstream.tasks, args.trust_remote_code)
     plans = []
     for cell_id, model in zip(ids, models, strict=True):
         run = Path(args.text_from) if args.text_from is not None else model.run
@@ -121,15 +126,51 @@ def _warn_of_sets(plans: list[Plan]) -> None:
               "one with --reference_file", file=sys.stderr)  # fmt: skip
 
 
+def check_cells(plans: list[Plan], args: Any, suite: Suite) -> None:
+    """Tokenizer, high-frequency set and texts of every model, before the first is evaluated; rank 0 only.
+
+    Raises:
+        UserError: what would have stopped a later cell, with the cell's name.
+    """
+    from ds_stability.eval.loading import describe
+    from ds_stability.eval.tasks import check_synthetic, high_frequency
+
+    different: dict[tuple, tuple[Plan, Any]] = {}
+    for plan in plans:
+        if not plan.done:
+            with _naming(plan, plans):
+                described = describe(plan.model.load, args.trust_remote_code)
+                high_frequency(args.reference_file, described)
+                different.setdefault(_texts_key(plan, described), (plan, described))
+    for plan, described in reversed(different.values()):  # the first cell's texts are those that stay
+        with _naming(plan, plans):
+            texts_of(plan, suite, described)
+            check_synthetic(suite, plan.source)
+
+
+@contextlib.contextmanager
+def _naming(plan: Plan, plans: list[Plan]) -> Iterator[None]:
+    """A mistake names its cell, where there are several."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"cell {plan.cell_id}: {error}" if len(plans) > 1 else str(error)) from error
+
+
 _last_texts: dict[tuple, Any] = {}
+
+
+def _texts_key(plan: Plan, model: Any) -> tuple:
+    from ds_stability.data.tokenizer import tokenizer_hash
+
+    return plan.identity["texts"], plan.source.spec, tokenizer_hash(model.tokenizer), model.vocab_size, model.context_length
 
 
 def texts_of(plan: Plan, suite: Suite, loaded: Any) -> Any:
     """The texts of a cell. The cells of a sweep share theirs: those of the last cell are kept, by all that they depend on."""
-    from ds_stability.data.tokenizer import tokenizer_hash
     from ds_stability.eval.texts import make_texts
 
-    key = (plan.identity["texts"], plan.source.spec, tokenizer_hash(loaded.tokenizer), loaded.vocab_size, loaded.context_length)
+    key = _texts_key(plan, loaded)
     if key not in _last_texts:
         _last_texts.clear()
         _last_texts[key] = make_texts(plan.source, suite, loaded.tokenizer, loaded.vocab_size, loaded.context_length)
@@ -190,6 +231,7 @@ def describe_cell(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any, t
 
 
 def main(argv: list[str]) -> None:
+    complete_environment()
     args = run_parser().parse_args(argv)
     check(args)
     suite = Suite.load(args.suite).changed(dtype=args.dtype, backend=args.backend)
@@ -206,6 +248,7 @@ def main(argv: list[str]) -> None:
         place = agree(lambda: find_place(ranks, args.gpus_per_model))
         require_shared(Path(args.output_dir), ranks)
         plans = ranks.from_first(lambda: plan_cells(args, suite, place.kind))
+        ranks.from_first(lambda: check_cells(plans, args, suite))
         for number, plan in enumerate(plans, 1):
             if ranks.is_first:
                 print(f"cell {number} of {len(plans)}: {plan.cell_id}{' is done already' if plan.done else ''}", file=sys.stderr, flush=True)

@@ -9,23 +9,33 @@ follows from the suite alone, so that results do not depend on how many ranks di
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from ds_stability.config_describe import KeyInfo, describe_model, translate
 from ds_stability.config_errors import InvalidValue, did_you_mean, one_line, show_value
 from ds_stability.errors import UserError
+from ds_stability.safe_read import is_text, read_yaml
 
 SUITES = Path(__file__).parent / "suites"
 REFERENCE = "reference"  # the decoding under which human continuations are scored
 MAX_COUNT = 10**9
+MAX_NAME = 200
+
+
+def _text(value: str) -> str:
+    if not is_text(value):  # most are paths or names of files
+        raise InvalidValue("", value, "a text without a NUL character")
+    return value
+
 
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 _Number = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-_Text = Annotated[str, Field(min_length=1)]
+_Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_text)]
 _DECODINGS_ALLOWED = "an object with one entry per decoding: name: null for a default one, or name: {kind: sample, top_p: 0.9}"
 
 
@@ -35,8 +45,8 @@ def _names(value: Any) -> list[str] | None:
     if not isinstance(value, list):
         raise InvalidValue("", value, "a list of names, or null for all")
     for index, name in enumerate(value):
-        if not isinstance(name, str) or not name:
-            raise InvalidValue(f"[{index}]", name, "a name")
+        if not isinstance(name, str) or not name or len(name) > MAX_NAME or not is_text(name):
+            raise InvalidValue(f"[{index}]", name, f"a name of at most {MAX_NAME} characters")
         if name in value[:index]:
             raise InvalidValue(f"[{index}]", name, "a name that is not in the list yet")
     return list(value)
@@ -52,7 +62,7 @@ def _decodings(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidValue("", value, _DECODINGS_ALLOWED)
     for name, mapping in value.items():
-        if not isinstance(name, str) or not name.isidentifier() or name == REFERENCE:
+        if not isinstance(name, str) or not (name.isidentifier() and name.isascii()) or name == REFERENCE or len(name) > MAX_NAME:
             raise InvalidValue("", name, f'named by letters, digits and _, other than "{REFERENCE}", for each decoding')
         if mapping is not None and not isinstance(mapping, dict):
             raise InvalidValue(f".{name}", mapping, "null for a default decoding, or an object such as {kind: greedy}")
@@ -151,12 +161,12 @@ class Suite(_Section):
             UserError: no such suite, no YAML, not UTF-8, or a wrong suite.
         """
         path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
             known = sorted(file.stem for file in SUITES.glob("*.yaml"))
             near = did_you_mean(name, known)
             raise UserError(f"--suite {one_line(name, 200)}: no such suite{f'; did you mean {near}?' if near else ''}; give "
                             f"one of {', '.join(known)}, or a YAML file")
-        return cls.parse(_read_yaml(path), f"--suite {path}", base=path.parent)
+        return cls.parse(read_yaml(path, f"--suite {path}"), f"--suite {path}", base=path.parent)
 
     @classmethod
     def parse(cls, block: Any, source: str = "suite", base: Path | None = None) -> "Suite":
@@ -181,7 +191,7 @@ class Suite(_Section):
         update: dict[str, Any] = {}
         if self.prompts.file is not None:
             update["prompts"] = self.prompts.model_copy(update={"file": str((base / self.prompts.file).resolve())})
-        if self.exact_match is not None and (base / self.exact_match.task).is_file():
+        if self.exact_match is not None and os.path.isfile(base / self.exact_match.task):
             update["exact_match"] = self.exact_match.model_copy(update={"task": str((base / self.exact_match.task).resolve())})
         return self.model_copy(update=update)
 
@@ -209,6 +219,17 @@ class Suite(_Section):
                                 f"{f'; did you mean {near}?' if near else ''}; defaults are {', '.join(DEFAULT_DECODINGS)}")
             decodings[name] = Decoding.parse(name, mapping)
         return decodings
+
+    def require_files(self) -> None:
+        """UserError, naming the key, if a file that the suite names cannot be read."""
+        from ds_stability.data.spec import check_file
+
+        from .exact_match import load_items
+
+        if self.prompts.file is not None:
+            check_file(self.prompts.file, f"suite {self.name}: prompts.file")
+        if self.exact_match is not None:
+            load_items(self.exact_match.task)
 
     def changed(self, **values: Any) -> "Suite":
         """This suite with other values where `values` holds one (None: as it is). UserError as in `parse`."""
@@ -247,17 +268,3 @@ def _check_metrics(names: list[str], source: str) -> None:
             near = did_you_mean(name, METRIC_NAMES)
             raise UserError(f"{source}: metrics[{index}]: unknown metric {show_value(name)}"
                             f"{f'; did you mean {near}?' if near else ''}; known are {', '.join(METRIC_NAMES)}")
-
-
-def _read_yaml(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--suite {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--suite {path}: is not UTF-8 (byte {error.start}); convert the file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"--suite {path}: is no YAML{f' (line {mark.line + 1})' if mark else ''}") from None

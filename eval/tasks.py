@@ -107,6 +107,7 @@ def build_tasks(suite: Suite, loaded: Any, texts: Texts, args: Any, context: Sco
         tasks.append(MinimalPairsTask(loaded, suite.minimal_pairs.per_phenomenon, suite.batch_size))
     if suite.exact_match is not None:
         tasks.append(_exact_match(suite, generator, loaded, args.seeds))
+    check_synthetic(suite, source)
     if suite.synthetic is True or (suite.synthetic == "auto" and source.is_synthetic):
         tasks.append(_synthetic(suite, loaded, source))
     return tasks
@@ -121,14 +122,18 @@ def _exact_match(suite: Suite, generator: Any, loaded: Any, seeds: list[int]) ->
                           context_length=loaded.context_length, source=Path(asked.task).stem)  # fmt: skip
 
 
+def check_synthetic(suite: Suite, source: TextSource) -> None:
+    """UserError if the suite wants exact scores of a model that the synthetic language's truth does not apply to."""
+    if suite.synthetic is True and not source.is_synthetic:
+        raise UserError(f"{source.where}: was not trained on builtin:synthetic, and suite {suite.name} has synthetic: true; give a "
+                        "run that was, or set it to auto or false")  # fmt: skip
+
+
 def _synthetic(suite: Suite, loaded: Any, source: TextSource) -> Task:
     from ds_stability.data.synthetic import SyntheticLanguage
 
     from .synthetic_scores import SyntheticTask, training_sentences
 
-    if not source.is_synthetic:
-        raise UserError(f"{source.where}: was not trained on builtin:synthetic, and suite {suite.name} has synthetic: true; give a "
-                        "run that was, or set it to auto or false")  # fmt: skip
     language = SyntheticLanguage(seed=source.spec.synthetic_seed)
     # Its own batch size: batches are the units of its intervals, and its sentences are short.
     return SyntheticTask(loaded, language, training_sentences(source.spec, language, source.trained_tokens))

@@ -65,12 +65,13 @@ class TextSource:
             return cls(**files)
         try:
             data = manifest["data"]
-            values, block_size, recorded = dict(data["spec"]), int(data["block_size"]), data["corpus_fingerprint"]
+            values, block_size, recorded = dict(data["spec"]), int(data["block_size"]), str(data["corpus_fingerprint"])
             here = Path(manifest.get("working_directory", "."))
             for key in ("train_files", "validation_files"):
                 values[key] = tuple(str(here / file) for file in values[key])
             spec = DataSpec(**values)
-        except (KeyError, TypeError, ValueError):
+            spec.check_kinds()
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{where}: its manifest.json does not say what it was trained on; give --held_out_file and "
                             "--train_file") from None  # fmt: skip
         tokens = None if spec.max_train_samples is None else spec.max_train_samples * block_size

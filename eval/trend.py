@@ -122,12 +122,12 @@ def spearman(levels: np.ndarray, values: np.ndarray) -> float | None:
 
 
 def _rank_correlation(levels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Spearman's rho of [points] against each line of [resamples, points]; nan where a line is constant."""
+    """Spearman's rho of [points] against each line of [resamples, points]; nan where a line is constant or has a nan."""
     x = stats.rankdata(levels)
     y = stats.rankdata(values, axis=1)
     x, y = x - x.mean(), y - y.mean(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.clip((y @ x) / np.sqrt((x @ x) * (y * y).sum(axis=1)), -1.0, 1.0)
+    scale = np.sqrt((x @ x) * (y * y).sum(axis=1))
+    return np.clip(np.divide(y @ x, scale, out=np.full(len(y), np.nan), where=scale > 0), -1.0, 1.0)
 
 
 def _rho_interval(levels: Sequence[float], curve: Sequence[Draws], key: Key) -> tuple[float | None, float | None, str]:

@@ -17,16 +17,15 @@ seeds; arms are judged by the same rule. A bound is met where
 the value over seeds lies within it; where its interval does not, the figures say so. One seed decides nothing.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ds_stability.config_errors import show_value
 from ds_stability.errors import UserError
+from ds_stability.safe_read import read_json, read_yaml
 
 from .aggregate import Group
 from .report_cells import UNTOUCHED, Key
@@ -70,13 +69,7 @@ def load_predictions(path: Path) -> list[Prediction]:
     Raises:
         UserError: one line: it cannot be read, or which prediction lacks or misspells what.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"--predictions {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--predictions {path}: not JSON or YAML ({' '.join(str(error).split())[:160]})") from None
+    content = _read(path)
     entries = content.get("predictions") if isinstance(content, dict) else content
     if not isinstance(entries, list):
         raise UserError(f"--predictions {path}: give a list under the key predictions")
@@ -86,25 +79,39 @@ def load_predictions(path: Path) -> list[Prediction]:
     return predictions
 
 
+def _read(path: Path) -> Any:
+    if path.suffix != ".json":
+        return read_yaml(path, f"--predictions {path}")
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise UserError(f"--predictions {path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UserError(f"--predictions {path}: not JSON ({error})") from None
+
+
 def _prediction(entry: Any, where: str) -> Prediction:
     if not isinstance(entry, dict) or any(not isinstance(entry.get(name), str) for name in REQUIRED):
         raise UserError(f"{where}: give {', '.join(REQUIRED)} as text")
-    unknown = sorted(set(entry) - FIELDS)
+    named = [entry.get(name) for name in ("decoding", "split", "arm")]
+    if not all(name is None or isinstance(name, str) for name in named):
+        raise UserError(f"{where}: decoding, split and arm are names, not {show_value(named)}")
+    unknown = sorted(map(str, set(entry) - FIELDS))
     if unknown:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(sorted(FIELDS))}")
     direction, bounds = entry.get("direction"), [entry.get("minimum"), entry.get("maximum")]
     given = [bound for bound in bounds if bound is not None]
-    if (direction is None) == (not given) or not (direction is None or direction in DIRECTIONS):
+    if (direction is None) == (not given) or not (direction is None or isinstance(direction, str) and direction in DIRECTIONS):
         raise UserError(f"{where}: give either direction ({' or '.join(DIRECTIONS)}), or minimum, maximum or both")
     if not _numbers(given):
-        raise UserError(f"{where}: minimum and maximum are numbers, not {given!r}")
+        raise UserError(f"{where}: minimum and maximum are numbers, not {show_value(given)}")
     levels = entry.get("levels", entry.get("level"))
     levels = levels if isinstance(levels, list) or levels is None else [levels]
     if levels is not None and not _numbers(levels):
-        raise UserError(f"{where}: levels are numbers, not {levels!r}")
+        raise UserError(f"{where}: levels are numbers, not {show_value(levels)}")
     named = entry.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise UserError(f"{where}: architectures is a list of names, not {named!r}")
+        raise UserError(f"{where}: architectures is a list of names, not {show_value(named)}")
     return Prediction(
         entry["id"], entry["statement"], Key(entry["metric"], entry.get("decoding"), entry.get("split")),
         DIRECTIONS[direction] if direction else None, *bounds, None if levels is None else tuple(map(float, levels)),
@@ -113,7 +120,7 @@ def _prediction(entry: Any, where: str) -> Prediction:
 
 
 def _numbers(values: Any) -> bool:
-    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 for value in values)
 
 
 class Facts:

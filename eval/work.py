@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_stability.errors import UserError
+from ds_stability.safe_read import parse_json
 
 from .ranks import Ranks
 from .records import Task
@@ -95,12 +96,18 @@ def read_journal(path: Path) -> list[tuple[Key, Records]]:
     units = []
     for number, line in enumerate(lines[:-1], 1):  # what stands after the last line break is empty, or torn
         try:
-            row = json.loads(line.decode("utf-8"))
-            units.append(((row["task"], row["unit"]), list(row["records"])))
+            units.append(_unit(parse_json(line)))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} line {number}: is no line of a journal; remove the line, and its unit is done "
                             "again") from None  # fmt: skip
     return units
+
+
+def _unit(row: Any) -> tuple[Key, Records]:
+    task, unit, records = row["task"], row["unit"], row["records"]
+    if not (isinstance(task, str) and isinstance(unit, str) and isinstance(records, list) and all(isinstance(one, dict) for one in records)):
+        raise ValueError("no unit of a task")
+    return (task, unit), records
 
 
 @dataclass

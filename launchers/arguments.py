@@ -15,13 +15,15 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ds_stability.checkpoint_files import size_fault
 from ds_stability.config import StabilityConfig, split_config, unsupported
 from ds_stability.config_errors import did_you_mean
 from ds_stability.data import DataSpec
 from ds_stability.data.tokenizer import MIN_BPE_VOCABULARY
 from ds_stability.deepspeed_config import load_ds_config, section
 from ds_stability.errors import UserError
-from ds_stability.run_dir import RunDir, check_output_dir, is_complete_checkpoint
+from ds_stability.run_dir import RunDir, check_output_dir
+from ds_stability.safe_read import read_yaml
 from ds_stability.schedule import parse_level_flag
 from ds_stability.stabilizers.feedback import read_gains
 
@@ -109,7 +111,8 @@ class Command:
     training: dict[str, Any]
     ds_config: dict[str, Any]
     spec: DataSpec
-    resume: str | None
+    resume: str | None  # the checkpoint to continue from: the named one, or the newest that seems whole
+    resume_mode: str = "false"  # false, true, auto, or path
     config_file: str | None = None
 
     @property
@@ -130,8 +133,7 @@ def parse_command(argv: list[str]) -> Command:
     Raises:
         UserError: a wrong flag, recipe, DeepSpeed config, stability block, model, data file or output directory.
     """
-    parser = _Parser((ModelArguments, DataArguments, StabilityArguments, TrainArguments), allow_abbrev=False)
-    parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file with defaults for any flag")
+    parser = _make_parser()
     given, recipe = _explicit_flags(parser, argv)
     namespace = vars(parser.parse_args(_recipe_arguments(parser, recipe) + argv))
     split = {kind: {f.name: namespace[f.name] for f in dataclasses.fields(kind) if f.init}
@@ -155,9 +157,21 @@ def parse_command(argv: list[str]) -> Command:
         raise UserError("--streaming has no known length: give --max_steps, the number of optimizer steps to train")
     if data.block_size < 2:
         raise UserError(f"--block_size {data.block_size}: allowed is a number of tokens from 2")
-    resume = _resume_path(training)
-    check_output_dir(training["output_dir"], resume is not None)
-    return Command(model, data, stability, training, ds_config, spec, resume, namespace["config"])
+    mode = resume_mode(training["resume_from_checkpoint"])
+    resume = _resume_path(training, mode)
+    check_output_dir(training["output_dir"], resume is not None, restart=mode == "auto")
+    return Command(model, data, stability, training, ds_config, spec, resume, mode, namespace["config"])
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser((ModelArguments, DataArguments, StabilityArguments, TrainArguments), allow_abbrev=False)
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="YAML file with defaults for any flag")
+    return parser
+
+
+def flag_names() -> list[str]:
+    """The names of all flags, as a recipe or a sweep writes them."""
+    return sorted(name.removeprefix("--") for name in _make_parser()._option_string_actions if name.startswith("--"))
 
 
 def _explicit_flags(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[set[str], dict[str, Any]]:
@@ -173,15 +187,7 @@ def _explicit_flags(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[s
 
 
 def _read_recipe(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"--config {path}: is no YAML (line {mark.line + 1 if mark else '?'})") from None
+    recipe = read_yaml(path, f"--config {path}")
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path}: holds a {type(recipe).__name__}; allowed is a mapping of flags to values")
     known = {action.dest for action in parser._actions} - {"config", "help"}
@@ -200,7 +206,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser, recipe: dict[str, Any]) -
             continue
         values = value if isinstance(value, list) else [value]
         words.append(f"--{key}")
-        words += [json.dumps(v) if isinstance(v, bool | dict) else str(v) for v in values]
+        words += [json.dumps(v, default=str) if isinstance(v, bool | dict) else str(v) for v in values]
     return words
 
 
@@ -294,26 +300,33 @@ def _data_spec(data: DataArguments) -> DataSpec:
                     seed=data.split_seed, **kwargs)  # fmt: skip
 
 
-def _resume_path(training: dict[str, Any]) -> str | None:
-    """The checkpoint folder to continue from: `true` means the newest one in `output_dir` that was written to its end."""
-    given = training["resume_from_checkpoint"]
-    if given is None or str(given).lower() == "false":
+def resume_mode(given: Any) -> str:
+    """`--resume_from_checkpoint` as false, true, auto, or path."""
+    text = "false" if given is None else str(given).lower()
+    return text if text in ("false", "true", "auto") else "path"
+
+
+def _resume_path(training: dict[str, Any], mode: str) -> str | None:
+    """The checkpoint folder to continue from, as far as file sizes tell that it is whole; None to start anew."""
+    given, output_dir = training["resume_from_checkpoint"], training["output_dir"]
+    if mode == "false":
         return None
-    if str(given).lower() == "true":
-        run = RunDir(training["output_dir"])
-        found = run.complete_checkpoints() if run.checkpoints() else []
-        if not found:
+    if mode in ("true", "auto"):
+        run = RunDir(output_dir)
+        found = run.complete_checkpoints()
+        if not found and mode == "true":
             kind = "complete checkpoint" if run.checkpoints() else "checkpoint"
-            raise UserError(f"--resume_from_checkpoint true: {training['output_dir']} holds no {kind}; leave the flag out, "
-                            "and use an empty --output_dir")  # fmt: skip
-        return str(found[-1][1])
+            raise UserError(f"--resume_from_checkpoint true: {output_dir} holds no {kind}; leave the flag out, and use an empty "
+                            "--output_dir, or give auto, which then starts anew")  # fmt: skip
+        return str(found[-1][1]) if found else None
     if not os.path.isdir(given):
-        raise UserError(f"--resume_from_checkpoint {given}: no such checkpoint folder; give true, or OUTPUT_DIR/checkpoint-N")
-    if not is_complete_checkpoint(Path(given)):
-        raise UserError(f"--resume_from_checkpoint {given}: is not a complete checkpoint (writing it was cut off, or it is no "
-                        "checkpoint); give true, or another checkpoint-N")  # fmt: skip
-    if os.path.dirname(os.path.realpath(given)) != os.path.realpath(training["output_dir"]):
-        raise UserError(f"--resume_from_checkpoint {given}: is not a checkpoint of --output_dir {training['output_dir']}; a run is "
+        raise UserError(f"--resume_from_checkpoint {given}: no such checkpoint folder; give true, auto, or OUTPUT_DIR/checkpoint-N")
+    fault = size_fault(Path(given))
+    if fault is not None:
+        raise UserError(f"--resume_from_checkpoint {given}: is not a complete checkpoint ({fault}); give true, or another "
+                        "checkpoint-N")  # fmt: skip
+    if os.path.dirname(os.path.realpath(given)) != os.path.realpath(output_dir):
+        raise UserError(f"--resume_from_checkpoint {given}: is not a checkpoint of --output_dir {output_dir}; a run is "
                         "continued in its own folder (for new weights in a new run give --model_name_or_path)")
     return str(given)
 

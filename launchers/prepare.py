@@ -18,6 +18,7 @@ from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command
 from ds_stability.launchers.setup_model import load_config, load_tokenizer
 from ds_stability.run_dir import write_atomic, write_json_atomic
+from ds_stability.safe_read import read_json
 
 RECORD = "prepared.json"
 TOKENIZER = "tokenizer"
@@ -53,7 +54,7 @@ def prepare(command: Command, folder: Path) -> dict[str, str]:
     source = _source(command)
     record = folder / RECORD
     if record.exists():
-        _require_same(json.loads(record.read_text(encoding="utf-8")), source, folder)
+        _require_same(_read_record(record), source, folder)
         return flags
     tokenizer, config = load_tokenizer(command, load_config(command))
     frequent = _high_frequency(command, tokenizer, config)
@@ -62,6 +63,13 @@ def prepare(command: Command, folder: Path) -> dict[str, str]:
     write_atomic(folder / FILE_NAME, json.dumps(dataclasses.asdict(frequent), indent=1) + "\n")
     write_json_atomic(record, source)  # last: what it vouches for is complete
     return flags
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path}: cannot be read; remove it, and start the sweep again") from None
 
 
 def _high_frequency(command: Command, tokenizer: Any, config: Any) -> HighFrequencySet:

@@ -1,8 +1,10 @@
 """Config, tokenizer and model of a training run, from the checked command line."""
 
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ds_stability.data.packing import check_block_size, check_vocabulary, packing_problem
 from ds_stability.data.readers import read_documents
@@ -23,7 +25,7 @@ def load_config(command: Command) -> Any:
         config = AutoConfig.from_pretrained(
             name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the readers of a foreign folder raise whatever they stumble over
         raise UserError(f"--{flag} {name}: no model config could be loaded ({_first_line(error)})") from None
     _override(config, arguments.config_overrides)
     check_block_size(command.data.block_size, config)
@@ -67,7 +69,7 @@ def build_model(command: Command, config: Any, tokenizer: Any, args: TrainArgume
         else:
             model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, config=config, dtype=dtype,
                                                          revision=arguments.model_revision, **options)  # fmt: skip
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
         source = arguments.model_name_or_path or arguments.config_name
         raise UserError(f"{source}: the model could not be built ({_first_line(error)})") from None
     problem = packing_problem(model)
@@ -83,7 +85,7 @@ def _pretrained_tokenizer(command: Command, name: str) -> Any:
         return AutoTokenizer.from_pretrained(
             name, revision=command.model.model_revision, trust_remote_code=command.model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the readers of a foreign folder raise whatever they stumble over
         raise UserError(f"{name}: no tokenizer could be loaded ({_first_line(error)}); pass --tokenizer_name") from None
 
 

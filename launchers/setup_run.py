@@ -4,20 +4,25 @@ import dataclasses
 import hashlib
 import json
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainerCallback
 
 from ds_stability import engine_of
+from ds_stability.checkpoint_files import remove_remains
 from ds_stability.console import agree
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
 from ds_stability.data.tokenizer import tokenizer_hash
-from ds_stability.errors import UserError
+from ds_stability.errors import StoppedError, UserError
 from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
 from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
+from ds_stability.launchers.world_size import require_same_batch
+from ds_stability.preemption import StopSignals
 from ds_stability.probe import Probe, prompts_from_blocks, prompts_from_file
-from ds_stability.run_dir import RunDir, build_manifest, check_output_dir
+from ds_stability.run_dir import RunDir, build_manifest, check_output_dir, set_aside
 
 PROMPT_TOKENS = 16
 
@@ -33,9 +38,10 @@ def high_frequency(command: Command, tokenizer: Any, config: Any, train_data: An
 
 
 def require_same_run(command: Command, run: RunDir, identity: dict[str, Any]) -> None:
-    """A checkpoint is only continued by the run that wrote it: same model, data and stability block."""
+    """A checkpoint is only continued by the run that wrote it: same model, data, global batch and stability block."""
     if command.resume is not None:
         check_output_dir(run.path, True, identity)
+        require_same_batch(command, run)
 
 
 def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: dict, frequent: HighFrequencySet,
@@ -44,9 +50,14 @@ def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: di
     was checked."""
     if args.process_index != 0:
         return
-    hold_run(run.create(), command.resume is not None)
+    hold_run(run.create(), command.resume is not None or command.resume_mode == "auto")
+    remove_remains(run.path)
     if command.resume is not None:
         return
+    if command.resume_mode == "auto":
+        earlier = set_aside(run)
+        if earlier is not None:
+            print(f"note: no whole checkpoint to go on from; what the run had written is in {earlier}", flush=True)
     resolved = {
         "model": dataclasses.asdict(command.model),
         "data": command.spec.to_dict(),
@@ -87,7 +98,6 @@ def run_identity(command: Command, config: Any, facts: dict) -> dict[str, Any]:
         "tokenizer": facts["tokenizer_hash"],
         "block_size": command.data.block_size,
         "seed": command.training["seed"],
-        "world_size": dist.get_world_size(),
         "stability": command.stability.to_dict(),
     }  # fmt: skip
 
@@ -104,16 +114,20 @@ class RunCallback(TrainerCallback):
     Args:
         blocks: where prompts are cut from, if the block names no prompts_file.
         evaluate_last: evaluate after the last step, whatever --eval_strategy says.
+        signals: the wish to stop; saved and obeyed after the step in which any rank had it.
     """
 
     def __init__(self, command: Command, run: RunDir, tokenizer: Any, blocks: Any, frequent: HighFrequencySet,
-                 evaluate_last: bool):  # fmt: skip
-        self.evaluate_last = evaluate_last
+                 evaluate_last: bool, signals: StopSignals):  # fmt: skip
+        self.evaluate_last, self.signals, self.stopped = evaluate_last, signals, False
         self.command, self.run, self.tokenizer, self.blocks, self.frequent = command, run, tokenizer, blocks, frequent
         self.evaluated_at: int | None = None  # step of the last held-out evaluation
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        engine = engine_of(model)
+        engine = self.engine = engine_of(model)
+        engine.stability.stop_wish = lambda: self.signals.received is not None
+        # Groups that DeepSpeed makes have torch's default of 30 minutes, whatever the first one was given.
+        _set_pg_timeout(timedelta(seconds=args.ddp_timeout), engine.seq_data_parallel_group)
         engine.stability.set_high_frequency(list(self.frequent.token_ids), self.frequent.vocab_size)
         config = self.command.stability.probe
         if config.interval > 0:
@@ -129,8 +143,14 @@ class RunCallback(TrainerCallback):
         return prompts_from_blocks(blocks, config.num_prompts, length)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps and self.evaluate_last:
-            control.should_evaluate = True  # the last step's line holds the final held-out figures
+        if state.global_step >= state.max_steps:
+            control.should_evaluate |= self.evaluate_last  # the last step's line holds the final held-out figures
+        elif self.engine.stability.stop_requested:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopped:
+            self.signals.exit_code = StoppedError.exit_code
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluated_at = state.global_step

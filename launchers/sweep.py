@@ -22,6 +22,7 @@ from ds_stability.launchers.sweep_plan import Cell, Plan
 from ds_stability.launchers.sweep_progress import Progress, clock, last_step
 from ds_stability.launchers.sweep_values import flag_words
 from ds_stability.run_dir import write_json_atomic
+from ds_stability.safe_text import safe_text
 
 WAIT_SECONDS = 2  # between looks at what another process does
 TAIL_LINES = 25
@@ -235,4 +236,4 @@ def tail(log: Path, lines: int = TAIL_LINES) -> str:
         text = log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "(no log)"
-    return "\n".join(text.splitlines()[-lines:])
+    return safe_text("\n".join(text.splitlines()[-lines:]))

@@ -1,15 +1,17 @@
 """Every cell's command line is checked before anything expensive, so that a mistake costs seconds."""
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from ds_stability.config_errors import did_you_mean
 from ds_stability.errors import UserError
-from ds_stability.launchers.arguments import Command, parse_command
+from ds_stability.launchers.arguments import Command, flag_names, parse_command
 from ds_stability.launchers.prepare import check_comparable
 from ds_stability.launchers.setup_model import load_config
 from ds_stability.launchers.sweep_plan import Cell, Plan
-from ds_stability.launchers.sweep_values import flag_words
+from ds_stability.launchers.sweep_values import BLOCK, flag_words
 from ds_stability.run_dir import write_json_atomic
 
 STAND_IN = '{"step": 1, "stability/gain": 0.0}\n'  # passes the checks of files that are read, such as a replayed metrics.jsonl
@@ -21,6 +23,7 @@ def check_cells(plan: Plan, folder: Path) -> dict[str, Command]:
     Raises:
         UserError: names the first cell with a mistake.
     """
+    _check_flags(plan)
     commands: dict[str, Command] = {}
     models: set[tuple] = set()
     with tempfile.TemporaryDirectory() as scratch:
@@ -32,12 +35,30 @@ def check_cells(plan: Plan, folder: Path) -> dict[str, Command]:
                     load_config(command)
                     models.add(model)
             except UserError as error:
-                raise UserError(f"{plan.source}: cell {cell.id}: {error}") from None
+                raise UserError(f"{plan.source}: cell {cell.id}: {_as_in_the_file(str(error), cell)}") from None
     try:
         check_comparable(list(commands.items()))
     except UserError as error:
         raise UserError(f"{plan.source}: {error}") from None
     return commands
+
+
+def _check_flags(plan: Plan) -> None:
+    known = flag_names()
+    for cell in plan.cells:
+        for name in cell.flags:
+            if name not in known:
+                near = did_you_mean(name, known)
+                raise UserError(f"{plan.source}: {cell.origins[name]}: launchers/train.py has no flag of this name"
+                                f"{f'; did you mean {near}?' if near else f'; keys of the stability block are written {BLOCK}KEY'}")
+
+
+def _as_in_the_file(text: str, cell: Cell) -> str:
+    """A message of train.py's with its flags called as the sweep's file does: grid.seed for --seed."""
+    def name(match: re.Match) -> str:
+        return cell.origins.get(match[2], match[0])
+
+    return re.sub(r"(argument )?--(\w+)(/--[\w-]+)?", name, text).removesuffix(" (see --help)")
 
 
 def _parse(cell: Cell, scratch: Path, folder: Path) -> Command:

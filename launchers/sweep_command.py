@@ -12,7 +12,14 @@ quiet_libraries()
 from ds_stability.launchers.sweep import Sweep  # noqa: E402
 from ds_stability.launchers.sweep_check import check_cells  # noqa: E402
 from ds_stability.launchers.sweep_folder import SweepFolder  # noqa: E402
-from ds_stability.launchers.sweep_hosts import Hosts, Interrupted, count_slots, default_processes, ending_on_signals  # noqa: E402
+from ds_stability.launchers.sweep_hosts import (  # noqa: E402
+    TRAIN_SCRIPT,
+    Hosts,
+    Interrupted,
+    count_slots,
+    default_processes,
+    ending_on_signals,
+)
 from ds_stability.launchers.sweep_plan import Plan, load_plan  # noqa: E402
 from ds_stability.launchers.sweep_slurm import Array, parse_parameters  # noqa: E402
 
@@ -31,11 +38,12 @@ def run(args: argparse.Namespace) -> int:
         processes = processes or parameters.get("gpus_per_node")
     plan = load_plan(args.file, args.settings, processes, default_processes())
     hosts = Hosts(plan.num_gpus, args.hostfile and str(Path(args.hostfile).resolve()))
+    hosts.command(TRAIN_SCRIPT, [], 0)  # raises what is wrong with the hosts before anything is written
     folder = SweepFolder(args.output_dir or Path("runs") / plan.name)
     if plan.evaluate is not None and not args.no_evaluate:
         from ds_stability.eval.suite import Suite
 
-        Suite.load(plan.evaluate["suite"])  # not only after hours of training
+        Suite.load(plan.evaluate["suite"]).require_files()  # not only after hours of training
     if args.dry_run:
         return _dry_run(plan, hosts, folder)
     try:

@@ -16,6 +16,7 @@ from ds_stability.launchers.locks import TRAIN_LOCK, is_locked, try_lock
 from ds_stability.launchers.sweep_hosts import clear_after_kill
 from ds_stability.launchers.sweep_plan import Cell, Plan
 from ds_stability.run_dir import RunDir, utc_now, write_json_atomic
+from ds_stability.safe_read import parse_json, read_json
 
 VERSION = 1
 MANIFEST = "sweep.json"
@@ -82,9 +83,13 @@ class SweepFolder:
                 raise UserError(f"--output_dir {self.path}: holds a single run; give another folder for the sweep")
             return {}
         try:
-            return json.loads(self.manifest.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{self.manifest}: is no JSON; move it away, and start the sweep again") from None
+            manifest = read_json(self.manifest)
+            if not all(isinstance(entry, dict) and isinstance(entry.get("id"), str)
+                       for key in ("cells", "removed") for entry in manifest.get(key, [])):  # fmt: skip
+                raise ValueError("a cell without an id")
+            return manifest
+        except (ValueError, AttributeError, TypeError):
+            raise UserError(f"{self.manifest}: is no plan of a sweep; move it away, and start the sweep again") from None
 
     def newest_log(self, cell: Cell) -> Path | None:
         """The log of a cell's last attempt; None before the first."""
@@ -112,7 +117,7 @@ class SweepFolder:
         if self.attempts.exists():
             for line in self.attempts.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except ValueError:
                     continue
                 if isinstance(row, dict) and {"event", "cell", "attempt"} <= row.keys():

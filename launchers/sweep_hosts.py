@@ -6,6 +6,8 @@ done.
 
 import contextlib
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -34,27 +36,65 @@ class Hosts:
     hostfile: str | None = None
 
     def command(self, script: Path, words: Sequence[str], port: int) -> list[str]:
+        """The launcher's command line. UserError if it would reach the hosts' shells as something else."""
         where = ["--hostfile", self.hostfile] if self.hostfile else ["--num_gpus", str(self.processes)]
-        return [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port), str(script), *words]
+        tail = [str(script), *words]
+        if self.hostfile and len(read_hostfile(self.hostfile)) > 1:  # with one host DeepSpeed starts it without pdsh
+            _require_plain_surroundings()
+            tail = [_percent(shlex.quote(str(script))), *map(pdsh_word, words)]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port), *tail]
 
 
-def count_slots(hostfile: str) -> int:
-    """Sum of the slots in a hostfile (`name slots=N` a line). UserError if it is none."""
+def pdsh_word(word: str) -> str:
+    """A word for `deepspeed --hostfile`, such that the script on the hosts gets it as it is.
+
+    pdsh gives all words to a shell there. DeepSpeed (PDSHRunner.parse_user_args) puts one with a blank in double quotes and
+    escapes only the double quotes in it; any other goes as it is.
+    """
+    if " " in word:
+        for character in "\\$`":
+            word = word.replace(character, "\\" + character)
+        return _percent(word)
+    return _percent(shlex.quote(word))
+
+
+def _percent(text: str) -> str:
+    return text.replace("%", "%%")  # pdsh replaces %h, %n and %u
+
+
+def _require_plain_surroundings() -> None:
+    """What DeepSpeed itself writes into the hosts' shell line, and does not quote."""
+    parts = {"the current folder": os.getcwd(), "the interpreter": sys.executable, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    for what, text in parts.items():
+        if not re.fullmatch(r"[\w@+=:,./-]*", text):
+            raise UserError(f"--hostfile: {what} is {text!r}, which DeepSpeed does not quote on its way to the hosts; allowed are "
+                            "letters, digits and @ + = : , . / - _")  # fmt: skip
+
+
+def read_hostfile(hostfile: str) -> dict[str, int]:
+    """{host: slots} of a hostfile (`name slots=N` a line). UserError if it is none."""
     try:
         lines = Path(hostfile).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--hostfile {hostfile}: cannot be read ({error})") from None
-    total = 0
+    hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         words = line.split("#")[0].split()
         if words:
-            slots = words[1].removeprefix("slots=") if len(words) == 2 and words[1].startswith("slots=") else ""
-            if not slots.isdigit() or int(slots) < 1:
+            match = re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.@-]*) slots=([1-9][0-9]{0,5})", " ".join(words))
+            if match is None:
                 raise UserError(f"--hostfile {hostfile}, line {number}: {line!r}; allowed is HOST slots=N")
-            total += int(slots)
-    if not total:
+            if match[1] in hosts:
+                raise UserError(f"--hostfile {hostfile}, line {number}: {match[1]} is there twice; give it one line with all its slots")
+            hosts[match[1]] = int(match[2])
+    if not hosts:
         raise UserError(f"--hostfile {hostfile}: names no host; allowed are lines of HOST slots=N")
-    return total
+    return hosts
+
+
+def count_slots(hostfile: str) -> int:
+    """Sum of the slots in a hostfile. UserError if it is none."""
+    return sum(read_hostfile(hostfile).values())
 
 
 class Interrupted(BaseException):

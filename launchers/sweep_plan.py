@@ -23,7 +23,8 @@ looked for in the working directory, then in the repository (the installed packa
 
 A value may name files of another cell, which is then trained first: "{cell:arm=feedback,level=0.5}/metrics.jsonl". The
 cell is the one with these values on its axes; where several have them, the one that also has the referring cell's own
-values on the other axes (its seed, its architecture).
+values on the other axes (its seed, its architecture). `seed=next` means another seed than the referring cell's: the one
+after it in the file, after the last the first; so for any axis.
 """
 
 import itertools
@@ -34,14 +35,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import UserError
 from ds_stability.launchers.sweep_values import (
     BLOCK,
     BLOCK_FLAGS,
     axis_name,
+    canonical,
     content,
     digest,
     existing,
@@ -54,6 +54,7 @@ from ds_stability.launchers.sweep_values import (
     same,
 )
 from ds_stability.launchers.sweep_yaml import check_keys, load_document, mapping, read_yaml
+from ds_stability.safe_read import parse_yaml
 from ds_stability.schedule import parse_level_flag
 
 MAIN_ARM = "main"
@@ -64,6 +65,7 @@ OWN_FLAGS = {"output_dir": "the sweep names each cell's folder", "resume_from_ch
 CONTENT_KEYS = ("deepspeed", "config_name")  # small files that are settings themselves
 DEFAULT_SEED = 42  # transformers.TrainingArguments
 HASH_DIGITS = 8
+NEXT = "next"
 _REFERENCE = re.compile(r"\{cell:([^{}]*)\}")
 
 
@@ -77,6 +79,7 @@ class Cell:
         flags: flags of launchers/train.py, in which files of other cells stand as {cell:ID}.
         block: what replaces keys of the DeepSpeed config's stability block, by dotted key without "stability.".
         needs: ids of the cells whose files it reads.
+        origins: flag -> where the file sets it, such as grid.learning_rate; for messages.
     """
 
     id: str
@@ -85,6 +88,7 @@ class Cell:
     flags: dict[str, Any]
     block: dict[str, Any]
     needs: tuple[str, ...] = ()
+    origins: dict[str, str] = field(default_factory=dict, compare=False)
 
     def resolved(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """(flags, block) with references replaced by paths under the sweep's folder."""
@@ -133,16 +137,16 @@ def load_plan(path: str | os.PathLike, settings: Sequence[str] = (), num_gpus: i
         document["num_gpus"] = num_gpus
     if document.get("num_gpus") is None:
         document["num_gpus"] = default_num_gpus
-    # A changed grid may lack what was to be left out of it.
-    return _Planner(document, str(source), strict_exclude=not settings).plan()
+    return _Planner(document, str(source), [setting.partition("=")[0] for setting in settings]).plan()
 
 
 class _Choice(NamedTuple):
-    """One value of an axis: how it is called, what it sets, and whether it is a name."""
+    """One value of an axis: how it is called, what it sets, whether it is a name, and where each key that it sets stands."""
 
     value: Any
     sets: dict[str, Any]
     is_name: bool
+    origins: dict[str, str]
 
 
 @dataclass(eq=False)
@@ -152,6 +156,7 @@ class _Draft:
     arm: str
     point: dict[str, _Choice]
     values: dict[str, Any]  # flags and stability.* keys
+    origins: dict[str, str]
     needs: list["_Draft"] = field(default_factory=list)
     settling: bool = False
     digest: str = ""
@@ -166,13 +171,21 @@ class _Draft:
         return all(key in axes and same(axes[key], value) for key, value in pattern.items())
 
 
+def _origins(values: Mapping[str, Any], where: str) -> dict[str, str]:
+    return {key: f"{where}{key}" for key in values}
+
+
 class _Planner:
-    def __init__(self, document: dict[str, Any], source: str, strict_exclude: bool):
-        self.document, self.source, self.strict_exclude = document, source, strict_exclude
+    def __init__(self, document: dict[str, Any], source: str, changed: Sequence[str]):
+        self.document, self.source = document, source
+        self.strict_exclude = not changed  # a changed grid may lack what was to be left out of it
         self.num_gpus = document["num_gpus"]
         if type(self.num_gpus) is not int or self.num_gpus < 1:
             raise UserError(f"{source}: num_gpus {self.num_gpus!r}: allowed is a number of processes from 1")
-        self.base = override(self._recipe(), self._values(document.get("flags"), "flags"))
+        recipe, flags = self._recipe(), self._values(document.get("flags"), "flags")
+        self.base = override(recipe, flags)
+        self.origins = {**_origins(recipe, f"recipe {document.get('recipe')}: "), **_origins(flags, "flags."),
+                        **{key: f"--set {key}" for key in changed if key in flags}}  # fmt: skip
         self.grid = self._axes(document.get("grid"), "grid")
 
     def plan(self) -> Plan:
@@ -224,9 +237,10 @@ class _Planner:
                 raise UserError(f"{self.source}: {where}.{key}: {choices!r}; allowed is a list of values, or a mapping of "
                                 "names to flags, with at least one")
             if isinstance(choices, dict):
-                axes[name] = [_Choice(str(value), self._values(sets, f"{where}.{key}.{value}"), True) for value, sets in choices.items()]
+                sets = {str(value): self._values(given, f"{where}.{key}.{value}") for value, given in choices.items()}
+                axes[name] = [_Choice(value, part, True, _origins(part, f"{where}.{key}.{value}.")) for value, part in sets.items()]
             else:
-                axes[name] = [_Choice(value, self._values({key: value}, f"{where}.{key}"), False) for value in choices]
+                axes[name] = [_Choice(value, self._values({key: value}, f"{where}.{key}"), False, {key: f"{where}.{key}"}) for value in choices]
         return axes
 
     def _arms(self) -> dict[str, dict[str, Any]]:
@@ -250,11 +264,12 @@ class _Planner:
             owner |= dict.fromkeys(keys, f"the axis {axis}")
         drafts = []
         for combination in itertools.product(*axes.values()):
-            values = override(self.base, own)
+            values, origins = override(self.base, own), {**self.origins, **_origins(own, f"arms.{name}.flags.")}
             for choice in combination:
                 values = override(values, choice.sets)
+                origins |= choice.origins
             drafts.append(_Draft(name, dict(zip(axes, combination, strict=True)),
-                                 {key: value for key, value in values.items() if value is not None}))  # fmt: skip
+                                 {key: value for key, value in values.items() if value is not None}, origins))  # fmt: skip
         return drafts
 
     def _without_excluded(self, drafts: list[_Draft]) -> list[_Draft]:
@@ -304,7 +319,12 @@ class _Planner:
             key, separator, value = part.partition("=")
             if not separator:
                 raise UserError(f"{self.source}: {match[0]}: allowed are AXIS=VALUE pairs after cell:")
-            pattern[axis_name(key.strip())] = yaml.safe_load(value)
+            try:
+                pattern[axis_name(key.strip())] = parse_yaml(value)
+            except ValueError as error:
+                raise UserError(f"{self.source}: {match[0]}: {value.strip()} is no YAML ({error})") from None
+        for axis in [axis for axis, value in pattern.items() if value == NEXT]:
+            pattern[axis] = self._next(axis, pattern, match, draft)
         found = [other for other in self.drafts if other is not draft and other.agrees(pattern)]
         if len(found) > 1:
             shared = {key: value for key, value in draft.axes.items() if key not in pattern}
@@ -313,6 +333,18 @@ class _Planner:
             here = ", ".join(f"{key} {value}" for key, value in draft.axes.items())
             raise UserError(f"{self.source}: {match[0]} in arm {draft.arm} ({here}) matches {len(found)} cells; it must match one")
         return found[0]
+
+    def _next(self, axis: str, pattern: Mapping[str, Any], match: re.Match, draft: _Draft) -> Any:
+        """The value on `axis` after the draft's own, among the cells that the rest of the pattern matches; in a circle."""
+        rest = {key: value for key, value in pattern.items() if value != NEXT}
+        values = list({str(canonical(other.axes[axis])): other.axes[axis] for other in self.drafts
+                       if axis in other.axes and other.agrees(rest)}.values())  # fmt: skip
+        own = next((place for place, value in enumerate(values) if axis in draft.axes and same(value, draft.axes[axis])), None)
+        if own is None or len(values) < 2:
+            here = f"{axis} {draft.axes[axis]}" if axis in draft.axes else f"no axis {axis}"
+            raise UserError(f"{self.source}: {match[0]} in arm {draft.arm} ({here}): next needs this cell's {axis} and another one "
+                            f"among the cells it may mean; they have {', '.join(map(str, values)) or 'none'}")  # fmt: skip
+        return values[(own + 1) % len(values)]
 
     def _check_unique(self) -> None:
         seen: dict[str, _Draft] = {}
@@ -328,7 +360,7 @@ class _Planner:
             raise UserError(f"{self.source}: flags.deepspeed is not given; give a DeepSpeed config such as ds_configs/zero3_cpu.json")
         flags = {key: value for key, value in draft.values.items() if not key.startswith(BLOCK)}
         block = {key.removeprefix(BLOCK): value for key, value in draft.values.items() if key.startswith(BLOCK)}
-        cell = Cell(draft.id, draft.arm, draft.axes, flags, block, tuple(other.id for other in draft.needs))
+        cell = Cell(draft.id, draft.arm, draft.axes, flags, block, tuple(other.id for other in draft.needs), draft.origins)
         model = flags.get("config_name") or flags.get("model_name_or_path") or ""
         cell.axes.setdefault("level", cell.ds_config(block).get("stability", {}).get("level", 0.0))
         cell.axes.setdefault("architecture", Path(str(model)).stem)

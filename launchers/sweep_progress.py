@@ -1,9 +1,10 @@
 """What a sweep says while it runs: one line on a terminal, plain lines every 15 s elsewhere."""
 
-import json
 import sys
 import time
 from pathlib import Path
+
+from ds_stability.safe_read import parse_json
 
 QUIET_SECONDS = 15  # between progress lines where there is no terminal
 TAIL_BYTES = 16384  # more than a line of metrics.jsonl
@@ -20,8 +21,8 @@ def last_step(metrics: Path) -> int:
         return 0
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+            return int(parse_json(line)["step"])
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     return 0
 

@@ -7,6 +7,9 @@ system that all nodes share.
 
 import contextlib
 import dataclasses
+import logging
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +26,8 @@ from ds_stability.launchers.sweep_plan import Cell, Plan
 
 POLL_SECONDS = 2
 CANCEL_SECONDS = 60
+QUEUE_SECONDS = 15.0  # between two questions to Slurm, which many sweeps may ask
+LOST_SECONDS = 60.0  # for a job that has left the queue to show its result: a network file system may be late
 DEFAULT_MINUTES = 24 * 60  # submitit's own default is 5
 CLUSTERS = ("slurm", "local")
 
@@ -78,7 +83,7 @@ class Array:
     """The process that submits and watches.
 
     Raises:
-        UserError: submitit is not installed, there is no Slurm, or it does not know a parameter.
+        UserError: submitit is not installed, there is no Slurm, it does not know a parameter, or cannot write to the folder.
     """
 
     def __init__(self, sweep: Sweep, parameters: dict[str, Any]):
@@ -86,15 +91,22 @@ class Array:
             import submitit
         except ImportError:
             raise UserError("--slurm needs the package submitit; install ds_stability[slurm]") from None
+        path = str(sweep.folder.path)
+        if re.search(r"[%\\\x00-\x1f\x7f]", path):
+            raise UserError(f"--slurm: the sweep's folder {path!r} has a %, a backslash or a line break in its name, which sbatch takes for "
+                            "something else; give another --output_dir")  # fmt: skip
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns with every question to a Slurm without accounting
         self.sweep = sweep
         parameters = {"timeout_min": DEFAULT_MINUTES, "name": sweep.plan.name, **parameters}
-        cluster = parameters.pop("cluster", CLUSTERS[0])
+        self.cluster = cluster = parameters.pop("cluster", CLUSTERS[0])
         try:
             self.executor = submitit.AutoExecutor(folder=sweep.folder.path / "slurm" / "%j", cluster=cluster)
             self.executor.update_parameters(**parameters)
         except (RuntimeError, ValueError, NameError, TypeError) as error:
             raise UserError(f"--slurm: {' '.join(str(error).split())}") from None
         self.jobs: dict[str, Any] = {}
+        self.missing: dict[str, float] = {}  # job id -> when it was first seen to have left the queue
+        self.queue: tuple[float, set[str] | None] = (-QUEUE_SECONDS, None)
 
     def train(self) -> Outcome:
         """Train until every cell has DONE or has failed for good."""
@@ -110,10 +122,10 @@ class Array:
         """Evaluate in a job, as the machine that submits may have no GPU."""
         with self._cancelling():
             self.jobs["evaluation"] = job = self.executor.submit(self._job(EvaluationJob, self.sweep.plan))
-            while not job.done():
+            while not self._ended(job):
                 self.sweep.progress.update(f"job {job.job_id} evaluates the cells")
                 time.sleep(POLL_SECONDS)
-        problem = _problem(job)
+        problem = self._problem(job)
         if problem is not None:
             print(f"error: job {job.job_id}: {problem}; see {job.paths.stderr}", file=sys.stderr)
         return problem is None
@@ -135,10 +147,10 @@ class Array:
         """Take note of the jobs that have ended."""
         for cell in self.sweep.open_cells():
             job = self.jobs.get(cell.id)
-            if job is not None and job.done():
+            if job is not None and self._ended(job):
                 del self.jobs[cell.id]
                 if not self.sweep.folder.is_done(cell):
-                    reason = f"job {job.job_id}: {_problem(job) or 'ended without DONE'}"
+                    reason = f"job {job.job_id}: {self._problem(job) or 'ended without DONE'}"
                     self.sweep.fail(cell, reason, self.sweep.folder.newest_log(cell) or job.paths.stderr)
 
     def _state(self) -> str:
@@ -160,11 +172,39 @@ class Array:
                 time.sleep(POLL_SECONDS)
             raise
 
+    def _ended(self, job: Any) -> bool:
+        """Whether a job has a result, or has left the queue without one: killed, on a Slurm without accounting to say so."""
+        if job.done():
+            return True
+        if self.cluster != "slurm" or self._queued(job):
+            self.missing.pop(job.job_id, None)
+            return False
+        return time.monotonic() - self.missing.setdefault(job.job_id, time.monotonic()) > LOST_SECONDS
 
-def _problem(job: Any) -> str | None:
-    """Why a job that has ended failed, or None."""
+    def _queued(self, job: Any) -> bool:
+        """Whether Slurm has the job, waiting or running; also True if it does not answer."""
+        asked, listed = self.queue
+        if time.monotonic() - asked > QUEUE_SECONDS:
+            listed = _queue()
+            self.queue = time.monotonic(), listed
+        return listed is None or str(job.job_id) in listed
+
+    def _problem(self, job: Any) -> str | None:
+        """Why a job that has ended failed, or None."""
+        if not job.done():  # its result would be waited for, for ever
+            return "left the queue without a result; it was killed, or its node was lost"
+        try:
+            return job.result()
+        except Exception as error:  # what the job raised, or that it was killed
+            lines = str(error).strip().splitlines()
+            return lines[-1] if lines else type(error).__name__
+
+
+def _queue() -> set[str] | None:
+    """Ids of this user's jobs that wait or run; None if Slurm does not answer."""
+    command = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
     try:
-        return job.result()
-    except Exception as error:  # what the job raised, or that it was killed
-        lines = str(error).strip().splitlines()
-        return lines[-1] if lines else type(error).__name__
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(answer.stdout.split()) if answer.returncode == 0 else None

@@ -3,10 +3,13 @@
 import copy
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ds_stability.safe_read import MAX_YAML_BYTES, read_json
 
 PACKAGE = Path(__file__).resolve().parent.parent  # the repository, or the installed package: both hold ds_configs/
 BLOCK = "stability."
@@ -59,7 +62,7 @@ def put(block: dict[str, Any], path: Sequence[str], value: Any) -> None:
 def existing(name: Any) -> Path | None:
     """`name` as an absolute path if it exists from the working directory or from the package."""
     for candidate in (Path(str(name)), PACKAGE / str(name)):
-        if candidate.exists():
+        if os.path.exists(candidate):  # unlike Path.exists, False for a name that no file can have
             return candidate.absolute()
     return None
 
@@ -80,7 +83,7 @@ def resolve_paths(key: str, value: Any) -> Any:
 def content(path: Any) -> Any:
     """The JSON in a settings file, in whose place another file of the same content means the same cell."""
     try:
-        return json.loads(Path(str(path)).read_text(encoding="utf-8"))
+        return read_json(str(path), MAX_YAML_BYTES)
     except (OSError, ValueError):
         return path
 

@@ -1,17 +1,18 @@
 """Reading a sweep's YAML, and the changes of --set to it."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ds_stability import safe_read
 from ds_stability.config_errors import did_you_mean
 from ds_stability.errors import UserError
 from ds_stability.launchers.sweep_values import BLOCK_FLAGS, PACKAGE, axis_name
 
 TOP_KEYS = ("name", "recipe", "num_gpus", "flags", "grid", "arms", "exclude", "evaluate")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 LIST_FLAGS = ("train_file", "validation_file", "lora_target_modules")
 #: One source of text replaces the other.
 SOURCES = {"train_file": "dataset_name", "dataset_name": "train_file"}
@@ -26,43 +27,34 @@ def load_document(path: str | os.PathLike, settings: Sequence[str]) -> tuple[Pat
     check_keys(document, TOP_KEYS, str(path))
     for setting in settings:
         _apply(document, setting)
+    _check_names(document, str(path))
     return path, document
+
+
+def _check_names(document: dict[str, Any], where: str) -> None:
+    """Arms begin the names of cells' folders, and axes stand in them: neither may lead out of the sweep's folder."""
+    arms = mapping(document.get("arms"), f"{where}: arms")
+    grids = {"grid": document.get("grid"), **{f"arms.{name}.grid": arm.get("grid") for name, arm in arms.items() if isinstance(arm, dict)}}
+    axes = [(place, key) for place, grid in grids.items() for key in mapping(grid, f"{where}: {place}")]
+    for place, name in [("arms", name) for name in arms] + axes:
+        if not _NAME.fullmatch(str(name)):
+            raise UserError(f"{where}: {place}: the name {str(name)!r}; allowed are up to 100 letters, digits and . _ + -, with a letter or "
+                            "digit first")  # fmt: skip
 
 
 def find_file(path: str | os.PathLike) -> Path:
     """A sweep's file: a path, or the name of one that ships."""
     shipped = PACKAGE / "launchers" / "sweeps"
     for candidate in (Path(path), PACKAGE / path, shipped / path, shipped / f"{path}.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # unlike Path.is_file, False for a name that no file can have
             return candidate
     names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
     raise UserError(f"{path}: no such sweep file; give a YAML file, or one of those that ship: {names}")
 
 
 def read_yaml(path: Path) -> Any:
-    """The YAML in a file, in which no key may stand twice."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror if isinstance(error, OSError) else 'not UTF-8 text'})") from None
-    except yaml.YAMLError as error:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        problem = (isinstance(error, yaml.MarkedYAMLError) and error.problem) or "it cannot be parsed"
-        raise UserError(f"{path}: is no YAML (line {mark.line + 1 if mark else '?'}: {problem})") from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML silently keeps the last of two equal keys: an arm would be gone unseen."""
-
-    def construct_mapping(self, node, deep=False):
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", key_node.start_mark)
-            if isinstance(key, str | int | float):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+    """The YAML in a file, in which no key may stand twice: an arm would be gone unseen."""
+    return safe_read.read_yaml(path, str(path))
 
 
 def mapping(value: Any, where: str) -> dict[Any, Any]:
@@ -88,9 +80,9 @@ def _apply(document: dict[str, Any], setting: str) -> None:
     if not separator or not key:
         raise UserError(f"--set {setting}: allowed is key=value, such as max_steps=50, stability.level=0.5 or grid.seed=[3,4]")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {setting}: the value is no YAML") from None
+        value = safe_read.parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"--set {setting}: the value is no YAML ({error})") from None
     if key in LIST_FLAGS and isinstance(value, str):
         value = text.split(",")
     head, dot, rest = key.partition(".")

@@ -9,30 +9,37 @@ DeepSpeed config; the flag replaces it. On a machine without GPUs set DS_ACCELER
 
 Writes OUTPUT_DIR/{manifest.json, metrics.jsonl, tensorboard/, samples/, checkpoint-N/, high_frequency.json, final/, DONE}.
 Success is the file DONE. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 3 too many steps in a
-row had numbers that were not finite.
+row had numbers that were not finite, 69 another rank or host was lost, 74 the file system failed, 75 stopped by SIGTERM or
+SIGUSR1 with a checkpoint saved. After the last three, start again with --resume_from_checkpoint auto.
 """
 
+import dataclasses
 import os
 import sys
+from datetime import timedelta
 
-from ds_stability.console import agree, quiet_libraries, run_script
+from ds_stability.console import agree, global_rank, quiet_libraries, run_script
 
 quiet_libraries()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from transformers import Trainer, default_data_collator, set_seed  # noqa: E402
+from transformers import default_data_collator, set_seed  # noqa: E402
 
 from ds_stability import engine_of  # noqa: E402
 from ds_stability.data import load_blocks  # noqa: E402
 from ds_stability.data.frequency import FILE_NAME  # noqa: E402
-from ds_stability.data.packing import pad_to_multiple  # noqa: E402
-from ds_stability.errors import UserError  # noqa: E402
+from ds_stability.data.packing import IGNORE, pad_to_multiple  # noqa: E402
+from ds_stability.errors import StoppedError, UserError  # noqa: E402
 from ds_stability.export import check_exportable, export_model  # noqa: E402
+from ds_stability.failures import cluster_failures, gather_hosts  # noqa: E402
 from ds_stability.gathered import base_model  # noqa: E402
 from ds_stability.integrations.transformers import enable  # noqa: E402
+from ds_stability.launch_environment import complete_environment  # noqa: E402
 from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
+from ds_stability.launchers.checkpoints import WholeCheckpoints, checkpoint_to_load  # noqa: E402
+from ds_stability.launchers.data_order import OrderedTrainer, fill_last_step  # noqa: E402
 from ds_stability.launchers.setup_model import build_model, load_config, load_tokenizer  # noqa: E402
 from ds_stability.launchers.setup_run import (  # noqa: E402
     RunCallback,
@@ -42,10 +49,13 @@ from ds_stability.launchers.setup_run import (  # noqa: E402
     run_identity,
     start_run,
 )
+from ds_stability.launchers.world_size import LoadedOnce, check_flags, convert_checkpoint, world_has_changed  # noqa: E402
+from ds_stability.preemption import StopSignals  # noqa: E402
 from ds_stability.run_dir import RunDir  # noqa: E402
+from ds_stability.universal import load_universal  # noqa: E402
 
 
-class StabilityTrainer(Trainer):
+class StabilityTrainer(OrderedTrainer, WholeCheckpoints):
     """Trainer whose evaluation loss is exact over tokens, and which makes sure that the run is as distributed as asked."""
 
     checked = False
@@ -53,7 +63,7 @@ class StabilityTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.checked:
             self.checked = True
-            require_distributed(model, inputs["input_ids"])
+            require_distributed(model, inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -74,7 +84,7 @@ class StabilityTrainer(Trainer):
         return super().prediction_step(model, inputs, True, ignore_keys)  # logits would be gathered over ranks
 
 
-def require_distributed(model, input_ids: torch.Tensor) -> None:
+def require_distributed(model, inputs: dict[str, torch.Tensor]) -> None:
     """The engine is DeepSpeed's, spans all processes, and no two ranks got the same first batch.
 
     Raises:
@@ -87,9 +97,11 @@ def require_distributed(model, input_ids: torch.Tensor) -> None:
             "processes, not a DeepSpeedEngine for all; launch with `deepspeed`, on CPUs with DS_ACCELERATOR=cpu"
         )
     batches = [None] * world
-    dist.all_gather_object(batches, input_ids.cpu().numpy().tobytes())
-    if len(set(batches)) < world:
-        raise UserError(f"{world} ranks read only {len(set(batches))} different first batches; the data is not sharded over "
+    trains = bool((inputs["labels"] != IGNORE).any())  # what fills an epoch's last step is the same on several ranks
+    dist.all_gather_object(batches, inputs["input_ids"].cpu().numpy().tobytes() if trains else None)
+    batches = [batch for batch in batches if batch is not None]
+    if len(set(batches)) < len(batches):
+        raise UserError(f"{len(batches)} ranks read only {len(set(batches))} different first batches; the data is not sharded over "
                         "ranks, or repeats itself: check --train_file and how the script is launched")  # fmt: skip
 
 
@@ -143,14 +155,36 @@ def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokeni
 
 
 def main(argv: list[str]) -> None:
+    complete_environment()
     command = parse_command(argv)
     run = RunDir(command.output_dir)
+    if run.done.exists() and command.resume_mode == "auto":
+        if global_rank() == 0:
+            print(f"{run.path}: this run is complete (DONE)", flush=True)
+        return
     if command.resume and run.done.exists():
         raise UserError(f"--output_dir {run.path}: this run is complete (DONE); nothing is left to resume")
     config = load_config(command)  # before any process group: a wrong name or size costs seconds
+    signals = StopSignals().install()
+    deepspeed.init_distributed(timeout=timedelta(seconds=command.training["ddp_timeout"]))
+    with cluster_failures(gather_hosts(), dist.get_rank(), "start again with --resume_from_checkpoint auto"):
+        train(command, run, config, signals)
+
+
+def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
+    """The run, within the process group: data, model, training, export.
+
+    Raises:
+        StoppedError: a signal stopped it; a checkpoint of the last step is saved.
+    """
     keeps_cache = config.get_text_config().use_cache
-    deepspeed.init_distributed()
+    command = dataclasses.replace(command, resume=checkpoint_to_load(command))
+    changed = world_has_changed(command)
+    if changed:
+        command = dataclasses.replace(command, ds_config=load_universal(command.ds_config))
     args = training_arguments(command)
+    if changed:
+        check_flags(args)
     set_seed(args.seed)
     tokenizer, config = agree(lambda: load_tokenizer(command, config))
     train_data, eval_data, facts = load_data(command, tokenizer, args)
@@ -163,11 +197,19 @@ def main(argv: list[str]) -> None:
     if eval_data is not None:
         eval_data = pad_to_multiple(eval_data, args.world_size * args.per_device_eval_batch_size)
     callback = RunCallback(command, run, tokenizer, train_data if eval_data is None else eval_data, frequent,
-                           evaluate_last=eval_data is not None)  # fmt: skip
-    trainer = StabilityTrainer(model=model, args=args, train_dataset=train_data, eval_dataset=eval_data,
-                               data_collator=default_data_collator, callbacks=[callback])  # fmt: skip
+                           evaluate_last=eval_data is not None, signals=signals)  # fmt: skip
+    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    trainer = StabilityTrainer(model=model, args=args, train_dataset=fill_last_step(train_data, global_batch),
+                               eval_dataset=eval_data, data_collator=default_data_collator, callbacks=[callback])  # fmt: skip
     agree(lambda: start_run(command, run, identity, facts, frequent, args))
-    trainer.train(resume_from_checkpoint=command.resume)
+    checkpoint = command.resume
+    if changed:
+        checkpoint = os.fspath(convert_checkpoint(command))
+        trainer.add_callback(LoadedOnce(checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if callback.stopped:
+        raise StoppedError(f"by {signals.received or 'a signal to another rank'} after step {trainer.state.global_step}, which is "
+                           f"saved in {run.checkpoint(trainer.state.global_step)}; --resume_from_checkpoint auto goes on from it")
     finish(trainer, callback, run, tokenizer, keeps_cache)
 
 

@@ -25,13 +25,18 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def start_distributed(tmp_path_factory):
+def torch_extensions(tmp_path_factory):
+    """The folder of DeepSpeed's compiled operators: one per session, which compiles them once (a minute)."""
+    return os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+@pytest.fixture(scope="session")
+def start_distributed(torch_extensions):
     """`start_distributed(script, *args, ranks=2, env=None, output=PIPE)` starts a script under the `deepspeed` launcher.
 
     On CPU, with one extension cache per session (a shared one makes runs wait for each other's lock). Returns the Popen,
     the leader of a process group of its own: `os.killpg(process.pid, SIGKILL)` ends the launcher and its ranks.
     """
-    extensions = tmp_path_factory.mktemp("torch_extensions")
     ports: list[int] = []
 
     def start(script, *args: str, ranks: int = 2, env: dict[str, str] | None = None, output: int = subprocess.PIPE):
@@ -39,7 +44,7 @@ def start_distributed(tmp_path_factory):
             **os.environ,
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
-            "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(extensions)),
+            "TORCH_EXTENSIONS_DIR": torch_extensions,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
             **(env or {}),
         }
@@ -101,3 +106,12 @@ def trainings(run_distributed, tmp_path_factory):
         return results
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fault_driver(tmp_path_factory):
+    """The fault driver (faults/driver.py) in a folder of this session: its undisturbed runs are made once for all tests."""
+    sys.path.insert(0, str(REPOSITORY / "tests" / "faults"))
+    import driver
+
+    return driver.Driver(tmp_path_factory.mktemp("faults"))

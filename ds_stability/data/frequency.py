@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..safe_read import read_json
 
 IGNORE = -100
 MAX_TOKENS = 5_000_000
@@ -40,12 +41,13 @@ class HighFrequencySet:
     def load(cls, path: str, vocab_size: int | None = None, tokenizer_hash: str | None = None) -> "HighFrequencySet":
         """Read what `save` wrote. UserError if it is not that, or is for another vocabulary or tokenizer."""
         try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
+            values = read_json(path)
             result = cls(**{**values, "token_ids": tuple(values["token_ids"])})
-            valid = bool(result.token_ids) and all(type(token) is int and token >= 0 for token in result.token_ids)
+            valid = bool(result.token_ids) and all(type(token) is int and 0 <= token < 2**31 for token in result.token_ids)
+            if not result._has_right_types():
+                raise TypeError("a value of another kind")
         except OSError as error:
-            raise UserError(f"high_frequency_file {path}: cannot be read ({error.strerror})") from error
+            raise UserError(f"high_frequency_file {path}: cannot be read ({error.strerror or error})") from error
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"high_frequency_file {path}: is not a high-frequency set; give a {FILE_NAME} that a run "
                             "wrote") from error
@@ -53,6 +55,11 @@ class HighFrequencySet:
             raise UserError(f"high_frequency_file {path}: token_ids must be a list of token ids, with at least one")
         result._check(path, vocab_size, tokenizer_hash)
         return result
+
+    def _has_right_types(self) -> bool:
+        shares = all(isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1 for value in (self.coverage, self.coverage_reached))
+        return shares and all(type(value) is int for value in (self.tokens, self.vocab_size)) and all(
+            isinstance(value, str) for value in (self.corpus_fingerprint, self.tokenizer_hash))  # fmt: skip
 
     def _check(self, path: str, vocab_size: int | None, tokenizer_hash: str | None) -> None:
         if tokenizer_hash is not None and self.tokenizer_hash and tokenizer_hash != self.tokenizer_hash:

@@ -9,6 +9,7 @@ from .spec import DataSpec, Document, file_kind
 from .text_files import iter_lines, iter_text_documents
 
 _LONGEST_LIST = 12
+_DEEPEST = 20  # levels of a chat message
 
 
 def read_documents(spec: DataSpec, split: str = "train") -> Iterator[Document]:
@@ -103,7 +104,9 @@ def iter_parquet(path: str, spec: DataSpec) -> Iterator[Document | None]:
                 for row in batch.to_pylist():
                     number += 1
                     yield document_from_row(row, spec, f"{path} row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
 
 
@@ -168,7 +171,21 @@ def _chat_document(messages: Any, field: str, where: str) -> Document | None:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise UserError(f"{where}: message {number} of {field!r} is not an object with \"role\" and \"content\"")
+        _check_message(message, f"{where}: message {number} of {field!r}")
     return Document(messages=messages, where=where)
+
+
+def _check_message(value: Any, where: str, depth: int = 0) -> None:
+    """Contents may be parts and tool calls; but text must be text, and a template is not to walk down a thousand levels."""
+    if depth > _DEEPEST:
+        raise UserError(f"{where}: is nested more than {_DEEPEST} deep; mend the record")
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{where}: has half a surrogate pair in it; mend the record")
+    elif isinstance(value, dict | list):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        for item in items:
+            _check_message(item, where, depth + 1)
 
 
 def _no_field(where: str, spec: DataSpec, found: list[str]) -> str:

@@ -1,7 +1,7 @@
 """What to train on: `DataSpec`, its checks that need no data, and the `Document` that every reader yields."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import UserError
@@ -56,6 +56,16 @@ class DataSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for the manifest."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def check_kinds(self) -> None:
+        """UserError for a value of another kind: of a spec that was read from a file."""
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            kinds = (int,) if field.name.startswith("max_") else (str,) if default is None else (type(default),)
+            kinds += (int,) if kinds == (float,) else ()
+            if not (value is None and default is None or isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))):
+                raise UserError(f"{field.name}: {value!r} is no {kinds[0].__name__}")
+        self._check_values()
 
     def check(self) -> None:
         """Raise UserError for whatever is wrong before any file is read or any process group is started."""

@@ -9,18 +9,23 @@ from ..errors import UserError
 from .spec import Document
 
 _UTF8_BOM = b"\xef\xbb\xbf"
+MAX_LINE_BYTES = 2**28  # of a record or a line; a compressed file of a few MB can hold a line of gigabytes
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def iter_lines(path: str) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line with its "\\n") of a UTF-8 file, gzipped if it ends in .gz; "\\r\\n" becomes "\\n".
 
-    Only one line is in memory at a time. A NUL byte is an error: it means a binary file or UTF-16, never text.
+    Only one line is in memory at a time, of at most MAX_LINE_BYTES. A NUL byte is an error: it means a binary file or
+    UTF-16, never text.
     """
     offset = 0
     try:
         with gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+                if len(raw) > MAX_LINE_BYTES:
+                    raise UserError(f"{path} line {number}: is longer than {MAX_LINE_BYTES // 2**20} MiB; cut it into lines or "
+                                    "records")
                 if number == 1 and raw.startswith(_UTF16_BOMS):
                     raise UserError(f"{path}: is UTF-16, UTF-8 is needed; convert it: iconv -f UTF-16 -t UTF-8")
                 start = len(_UTF8_BOM) if number == 1 and raw.startswith(_UTF8_BOM) else 0
@@ -30,6 +35,8 @@ def iter_lines(path: str) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: is not a complete gzip file ({error}); compress it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # no name that a file can have; a UserError is one, too
+        raise error if isinstance(error, UserError) else UserError(f"{path}: cannot be read ({error})") from error
 
 
 def _decode(raw: bytes, path: str, offset: int) -> str:

@@ -1,11 +1,10 @@
 """Feedback: token weights that hold the variance ratio of surprisal at 1 - level (design section 3)."""
 
-import json
 import math
-from pathlib import Path
 
 from ds_stability.controller import FeedbackController
 from ds_stability.errors import StabilityConfigError
+from ds_stability.safe_read import MAX_JSON_BYTES, parse_json, read_text
 
 
 class Feedback:
@@ -52,11 +51,11 @@ def read_gains(path: str) -> tuple[float, ...]:
     """
     key = f"stability.stabilizers.feedback.replay {path}"
     try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [parse_json(line) for line in read_text(path, MAX_JSON_BYTES).split("\n") if line.strip()]
         gains = tuple(float(line["stability/gain"]) for line in lines if "stability/gain" in line and not line.get("skipped"))
     except OSError as error:
-        raise StabilityConfigError(f"{key}: {error.strerror}; give the metrics.jsonl of a finished run") from None
-    except (ValueError, TypeError, AttributeError):
+        raise StabilityConfigError(f"{key}: {error.strerror or error}; give the metrics.jsonl of a finished run") from None
+    except (ValueError, TypeError, AttributeError, OverflowError):
         raise StabilityConfigError(f"{key}: is no metrics.jsonl (one JSON object a line); give that of a finished run") from None
     if not gains or not all(math.isfinite(gain) and gain >= 0 for gain in gains):
         raise StabilityConfigError(f"{key}: holds no gains; give the metrics.jsonl of a run with feedback")

@@ -21,8 +21,11 @@ DEFAULTS = {
     "checkpointing": None,  # "reentrant" or "plain"
     "freeze": None,  # substring of parameter names to freeze
     "evaluate": False,  # an evaluation pass between the steps
-    "poison": None,  # {"step": s, "rank": r, "value": "nan"}: rank r's embedding output becomes NaN in step s
+    # {"step": s, "rank": r, "value": "nan"}: rank r's embedding output becomes NaN in step s; with "micro" in that micro-batch
+    # only, with "at" "logits" those are multiplied, with "at" "loss" the loss.
+    "poison": None,
     "masked": None,  # {"step": s, "micro": m, "rank": r}: every label of that micro-batch is -100
+    "history": False,  # keep the stability state after every step
     "high_frequency": None,
     "save_at": None,
     "load": None,
@@ -75,7 +78,7 @@ def micro_batches(run, step, rank, world):
         for row in range(run["micro"]):
             labels[row, : 3 + (start + row) % 5] = -100  # uneven numbers of supervised tokens
         masked = run["masked"]
-        if masked and masked["step"] == step and masked["micro"] == index and masked["rank"] in (rank, "all"):
+        if masked and masked["step"] == step and masked["micro"] in (index, "all") and masked["rank"] in (rank, "all"):
             labels[:] = -100
         yield ids, labels
 

@@ -74,28 +74,41 @@ def make_engine(run, world):
     return engine
 
 
-def poison_hook(engine, run, step, rank):
+def poison_hook(engine, run, step, micro, rank):
+    """Multiplies what the embedding (or, "at": "logits", the output layer) gives in one micro-batch, or in all of a step."""
     poison = run["poison"]
     if not poison or poison["step"] not in (step, "all") or poison["rank"] not in (rank, "all"):
         return None
-    value = float(poison["value"])
-    return engine.module.get_input_embeddings().register_forward_hook(lambda module, args, out: out * value)
+    if poison.get("micro", micro) != micro or poison.get("at") == "loss":
+        return None
+    value, logits = float(poison["value"]), poison.get("at") == "logits"
+    place = engine.module.get_output_embeddings() if logits else engine.module.get_input_embeddings()
+    return place.register_forward_hook(lambda module, args, out: out * value)
+
+
+def loss_factor(run, step, micro, rank):
+    """What a spike of the loss itself ("at": "loss") multiplies it with."""
+    poison = run["poison"] or {"at": None}
+    struck = poison.get("at") == "loss" and poison["step"] == step and poison["micro"] == micro and poison["rank"] in (rank, "all")
+    return float(poison["value"]) if struck else 1.0
 
 
 def train_step(engine, run, step, rank, world):
     total = num_items(run, step, world) if run["num_items"] else None
-    hook, losses = poison_hook(engine, run, step, rank), []
-    for ids, labels in micro_batches(run, step, rank, world):
+    losses = []
+    for micro, (ids, labels) in enumerate(micro_batches(run, step, rank, world)):
+        hook = poison_hook(engine, run, step, micro, rank)
         extra = {"num_items_in_batch": total} if run["num_items"] else {}
         loss = engine(input_ids=ids.to(engine.device), labels=labels.to(engine.device), **extra).loss
+        if hook is not None:
+            hook.remove()
+        factor = loss_factor(run, step, micro, rank)
         if run["num_items"]:
             engine.backward(loss * world, scale_wrt_gas=False)
         else:
-            engine.backward(loss)
+            engine.backward(loss if factor == 1.0 else loss * factor)
         engine.step()
         losses.append(float(loss.detach()))
-    if hook is not None:
-        hook.remove()
     return losses
 
 
@@ -115,7 +128,7 @@ def collectives():
 
 def execute(run, out, rank, world):
     engine = make_engine(run, world)
-    losses, metrics, counts, first = [], [], [], 0
+    losses, metrics, history, counts, first = [], [], [], [], 0
     if run["load"]:
         path, _ = engine.load_checkpoint(run["load"])
         assert path is not None
@@ -124,6 +137,7 @@ def execute(run, out, rank, world):
         losses.append(train_step(engine, run, step, rank, world))
         if run["engine"] == "ours":
             metrics.append({"step": engine.global_steps, **engine.stability.metrics})
+            history.append(engine.stability.state_dict() if run["history"] else None)
         if run["evaluate"]:
             evaluate(engine, run, world)
         if run["ds"].get("comms_logger"):
@@ -136,7 +150,9 @@ def execute(run, out, rank, world):
         result["state"] = engine.stability.state_dict()
         states = [None] * world
         torch.distributed.all_gather_object(states, result["state"]["stabilizers"])
-        result["states"] = states
+        result["states"], result["history"] = states, history
+        result["decisions"] = [None] * world
+        torch.distributed.all_gather_object(result["decisions"], [bool(row.get("skipped")) for row in metrics])
     if rank == 0:
         torch.save(result, out / f"{run['name']}.pt")
     engine.destroy()

@@ -102,6 +102,21 @@ def test_prompts_beyond_the_context_are_refused_before_anything_is_generated(eva
     assert not list((tmp_path / "out").rglob("rank-*"))
 
 
+def test_what_is_wrong_with_the_last_model_is_told_before_the_first_is_evaluated(evaluate, tokenizer, tmp_path):
+    small = tiny(tokenizer)
+    small.config.max_position_embeddings = 10  # positions are rotary: no weight changes its shape
+    small.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match="^cell second: prompt 1 has .* context is 10"):
+        evaluate(tiny(tokenizer), "--model", str(tmp_path / "model"), str(tmp_path / "small"), "--cell_names", "first", "second")
+    assert not list((tmp_path / "out").rglob("rank-*")) and not list((tmp_path / "out").rglob("DONE"))
+
+
+def test_a_file_of_the_suite_that_is_missing_is_named_by_its_key(evaluate, tokenizer):
+    with pytest.raises(UserError, match=r"^suite tiny: prompts.file .*nowhere.txt: no such file"):
+        evaluate(tiny(tokenizer), prompts={"source": "file", "file": "nowhere.txt"})
+
+
 def test_only_the_metrics_asked_for(evaluate, tokenizer):
     rows = evaluate(tiny(tokenizer), metrics=["eos_rate", "distinct_2"], decodings={"greedy": None}, exact_match=None,
                     minimal_pairs={"enabled": False}, text={"held_out_windows": 0, "train_windows": 0})  # fmt: skip

@@ -110,3 +110,51 @@ def test_readable_when_narrow_and_dark(browser, path):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
     page.close()
+
+
+def write_hostile(folder):
+    """An evaluation in which every name and text comes from a stranger."""
+    evil = report_data.HOSTILE + "<svg onload='window.hacked = 3'>\u2028');window.hacked=4;('${window.hacked=5}{{7*7}}" + "javascript:window.hacked=6"
+    report_data.write_evaluation(folder, ("gpt2",), (0.0, 0.5), (0, 1), units=4, decodings=("sample",))
+    for cell in sorted((folder / "cells").iterdir()):
+        meta, scores = (json.loads((cell / name).read_text()) for name in ("cell.json", "scores.json"))
+        if meta["run"] is not None:
+            meta["run"]["architecture"], meta["run"]["arm"] = f"arch {evil}", f"{meta['run']['arm']} {evil}"
+        meta["suite"] = {evil: evil}
+        scores["rows"] += [{**scores["rows"][0], "metric": evil, "note": evil, "unit": evil}]
+        (cell / "cell.json").write_text(json.dumps(meta))
+        (cell / "scores.json").write_text(json.dumps(scores))
+        lines = [json.loads(line) for line in (cell / "samples.jsonl").read_text().splitlines()]
+        long = "A" * 5_000_000
+        (cell / "samples.jsonl").write_text("".join(json.dumps(line | {"text": evil + long * (line["prompt"] == 1), "finish": evil}) + "\n" for line in lines))
+        (cell / "prompts.jsonl").write_text("".join(json.dumps({"index": i, "text": evil, "reference_text": evil}, ensure_ascii=False) + "\n" for i in range(4)))
+    broken = folder / "cells" / "<img src=x onerror='window.hacked = 7'>"
+    broken.mkdir()
+    return evil
+
+
+def test_every_name_from_a_stranger_does_nothing(browser, tmp_path):
+    folder = tmp_path / "<b onmouseover=window.hacked=8>"
+    write_hostile(folder)
+    predictions = tmp_path / "predictions.json"
+    predictions.write_text(json.dumps([{"id": report_data.HOSTILE, "statement": report_data.HOSTILE, "metric": report_data.HOSTILE, "minimum": 1}]))
+    path = report.write_report(folder, predictions=predictions)
+    assert path.stat().st_size < 20_000_000, "a sample of 5 MB is cut"
+    page = browser.new_page()
+    errors, requests = [], []
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("dialog", lambda dialog: errors.append(dialog.message))
+    page.on("request", lambda request: requests.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto(path.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    page.fill("#results-filter", "onerror")
+    page.fill("#samples-filter", "</script>")
+    assert page.locator("mark").count() > 0
+    page.fill("#samples-filter", "")
+    assert page.evaluate("window.hacked === undefined && document.title.length > 0")
+    assert page.evaluate("document.querySelectorAll('svg, b, img:not([src^=\"data:image/svg+xml;base64,\"]), a:not([href^=\"#\"])').length") == 0
+    assert page.evaluate("[...document.querySelectorAll('*')].every(node => [...node.attributes].every(a => !a.name.startsWith('on')))")
+    assert page.evaluate("![...document.body.innerText].some(c => (c < ' ' && c !== '\\n' && c !== '\\t') || '\\u202e\\u2028\\x9b'.includes(c))")
+    assert errors == [] and requests == [path.as_uri()]
+    page.close()

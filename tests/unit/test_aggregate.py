@@ -17,6 +17,7 @@ from ds_stability.eval import aggregate  # noqa: E402
 from ds_stability.eval.aggregate import Group  # noqa: E402
 from ds_stability.eval.records import Measured  # noqa: E402
 from ds_stability.eval.report_cells import Cell, Key, read_evaluation  # noqa: E402
+from ds_stability.eval.verdict import ENTROPY  # noqa: E402
 
 KEY = Key("m", None, "held_out")
 
@@ -168,6 +169,37 @@ def test_a_result_that_is_cut_off_makes_the_cell_incomplete(folder, name):
     path.write_bytes(path.read_bytes()[:-40])
     (cut,) = read_evaluation(folder).incomplete
     assert cut.id == "gpt2-feedback-1-0" and name in cut.reason and "\n" not in cut.reason
+    assert "remove cells/gpt2-feedback-1-0/DONE and run the same ds-stability eval" in cut.reason
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("spoil", [lambda items: items.assign(total=np.nan), lambda items: items.assign(count=0.0),
+                                   lambda items: items.assign(total=items.total.where(items.unit_id != "1", np.nan)),
+                                   lambda items: items.assign(total=items.total.where(items.unit_id != "1", np.inf))])  # fmt: skip
+def test_units_that_are_no_numbers_are_left_out_without_a_word_of_numpy(folder, spoil):
+    clean = entropy_by_level(folder)
+    path = folder / "cells" / "gpt2-feedback-1-0" / "items.parquet"
+    spoil(pd.read_parquet(path)).to_parquet(path, index=False)
+    spoiled = entropy_by_level(folder)
+    assert spoiled[0.0] == clean[0.0] and spoiled[1.0]["value"] == clean[1.0]["value"]
+    low, high = spoiled[1.0]["ci_low"], spoiled[1.0]["ci_high"]
+    assert np.isfinite([low, high]).all() and low <= high
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity"])
+def test_a_figure_that_is_no_number_is_none(folder, number):
+    path = folder / "cells" / "gpt2-feedback-1-0" / "scores.json"
+    content = json.loads(path.read_text())
+    row = next(row for row in content["rows"] if row["metric"] == ENTROPY.metric and row["split"] == ENTROPY.split)
+    row["value"] = float(number)
+    path.write_text(json.dumps(content))
+    rows = entropy_by_level(folder)
+    assert (rows[1.0]["seeds"], rows[0.0]["seeds"]) == (1, 2) and np.isfinite(rows[1.0]["value"])
+
+
+def entropy_by_level(folder):
+    groups = aggregate.groups_of(read_evaluation(folder).cells)
+    return {row["level"]: row for row in aggregate.group_rows(groups, aggregate.draw(groups, ENTROPY), ENTROPY)}
 
 
 def test_scores_without_rows_make_the_cell_incomplete(folder):

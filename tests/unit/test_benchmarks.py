@@ -308,11 +308,10 @@ def test_command_writes_page_and_figures_and_checks_them(results, monkeypatch, c
     assert render.main() == 0
 
 
-def test_page_of_the_docs_has_every_section_and_is_up_to_date():
-    page = render.DOCS / "results.md"
-    text = page.read_text(encoding="utf-8")
+def test_pages_of_the_docs_have_every_section_and_are_up_to_date():
+    text = "".join((render.DOCS / page).read_text(encoding="utf-8") for page in ("results.md", "reliability.md"))
     assert all(f"<!-- generated: {name} -->" in text for name in render.SECTIONS)
-    assert render.filled(text, render.DOCS / "results") == text, "run python benchmarks/render.py"
+    assert render.filled(text, render.DOCS / "results") == text, "run make docs"
 
 
 def test_figure_draws_every_row_that_is_known(tmp_path, monkeypatch):

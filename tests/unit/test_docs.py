@@ -19,7 +19,10 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FLAG = re.compile(r"(?<![\w-])--[a-z]\w*(?:-\w+)*")
 #: Flags of other tools that the text names.
-FOREIGN_FLAGS = {"--nproc_per_node", "--num_processes"}
+FOREIGN_FLAGS = {
+    "--nproc_per_node", "--num_processes", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--config_file",  # torchrun, accelerate
+    "--nodes", "--ntasks-per-node", "--gpus-per-node", "--gpus-per-task", "--dependency", "--signal",  # sbatch, srun
+}  # fmt: skip
 
 
 def page_id(path):

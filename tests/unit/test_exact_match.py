@@ -88,7 +88,7 @@ def test_our_items_are_sound():
         (b'["a"]\n', "line 1: is no JSON object"),
         (b'{"prompt": "a", "answer": 3}\n', "line 1: prompt and answer must be texts"),
         (b'{"prompt": "a", "answer": " . "}\n', "must be texts that are not empty"),
-        (b"\xff\xfe\n", "not UTF-8"),
+        (b"\xff\xfe\n", "UTF-8 is needed"), (b"\xff\n", "not UTF-8"),
         (b"\n", "holds no item"),
     ],
 )

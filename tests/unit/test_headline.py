@@ -23,7 +23,8 @@ def written(tmp_path_factory):
     evaluation = report_data.write_evaluation(folder / "evals", units=6, steps=3)
     (folder / "sweep").mkdir()
     ends = [{"event": "end", "cell": f"c{i}", "outcome": "done", "seconds": seconds} for i, seconds in enumerate((30.0, 50.0, 100.0))]
-    lines = [{"event": "start", "cell": "c0"}, *ends]
+    lines = [{"event": "start", "cell": "c0"}, *ends, {"event": "end", "cell": "no longer in it", "outcome": "done", "seconds": 7.0}]
+    (folder / "sweep" / "sweep.json").write_text(json.dumps({"cells": [], "removed": [{"id": "no longer in it"}]}))
     (folder / "sweep" / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = ["headline.py", "--evaluation", str(evaluation), "--sweep", str(folder / "sweep"), "--predictions", str(PREDICTIONS),
                  "--output", str(folder / "results"), "--figures", str(folder / "figures")]  # fmt: skip

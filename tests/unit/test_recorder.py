@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_stability.errors import UserError
-from ds_stability.recorder import TAGS, Recorder, read_metrics, tag_table_markdown
+from ds_stability.recorder import TAGS, Recorder, read_metrics, tag_table_markdown, tensorboard_interval
 from ds_stability.run_dir import RunDir
 
 
@@ -195,6 +195,26 @@ def test_tensorboard_purges_what_the_resumed_run_repeats(run):
         for step in (5, 6):
             recorder.record(step, {"loss": 10.0 * step})
     assert events(run)["loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0), (6, 60.0)]
+
+
+def test_tensorboard_gets_fewer_steps_of_a_long_run_and_all_of_what_is_rare(run):
+    with Recorder(run, tensorboard=True) as recorder:
+        for step in range(1, 1205):
+            recorder.record(step, {"loss": float(step)} | ({"eval/cross_entropy": 1.0} if step == 1103 else {}))
+            if step == 1107:
+                recorder.record(step, {"skipped": True})
+    written = events(run)
+    assert [step for step, _ in written["loss"]] == [*range(1, 1001), *range(1010, 1101, 10), 1107, *range(1110, 1201, 10)]
+    assert written["eval/cross_entropy"] == [(1103, 1.0)] and written["skipped"] == [(1107, 1.0)]
+    assert len(read_metrics(run.metrics)) == 1204  # every step is here
+
+
+def test_tensorboard_points_of_a_tag_grow_by_900_a_decade():
+    points = [0]
+    for step in range(1, 100_001):
+        points.append(points[-1] + (step % tensorboard_interval(step) == 0))
+    assert [points[10**n] for n in range(6)] == [1, 10, 100, 1000, 1900, 2800]
+    assert [tensorboard_interval(step) for step in (0, 1000, 1001, 10_000, 10_001, 10**6)] == [1, 1, 10, 10, 100, 1000]
 
 
 def test_tag_table():

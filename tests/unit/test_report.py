@@ -169,6 +169,8 @@ def test_command(folder, tmp_path, capsys):
     assert (tmp_path / "r" / "index.html").exists() and str(tmp_path / "r" / "index.html") in capsys.readouterr().out
     groups = pd.read_csv(tmp_path / "r" / "tables" / "groups.csv")
     assert {baseline.split(", ")[1] for baseline in groups.baseline.dropna()} == {"level 0.5"}
+    assert cli.main(["report", str(folder)]) == 0  # what is left out is said where the command was given, too
+    assert "warning: cell unfinished is left out: not finished: no DONE\n" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 

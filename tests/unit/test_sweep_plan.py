@@ -60,7 +60,8 @@ def test_headline_grid():
     assert len(replayed) == 3
     for cell in replayed:
         needed = next(other for other in cells if (other.id,) == cell.needs)
-        assert needed.arm == "feedback" and needed.axes == {**cell.axes, "level": 0.5}
+        # Its own seed's gains would give its own seed's weights, to the bit.
+        assert needed.arm == "feedback" and needed.axes == {**cell.axes, "level": 0.5, "seed": (cell.axes["seed"] + 1) % 3}
     by_arm = {cell.arm: cell for cell in cells}
     assert by_arm["permuted"].ds_config(by_arm["permuted"].block)["stability"]["stabilizers"] == {"feedback": {"permute": True}}
     assert by_arm["clipping"].ds_config(by_arm["clipping"].block)["stability"]["stabilizers"] == {"clipping": {}}
@@ -154,6 +155,20 @@ def test_references_are_ordered_resolved_and_part_of_the_id(plan_of):
     assert changed.arm == "replay" and changed.id != cell.id
 
 
+def test_next_is_another_value_of_an_axis_in_a_circle(plan_of):
+    arms = {"feedback": {}, "replay": {"flags": {"stability.stabilizers.feedback.replay": "{cell:arm=feedback,seed=next}/metrics.jsonl"}}}
+    grid = {"seed": [5, 0, 3], "stability.level": [0.5, 1]}
+    plan = plan_of(arms=arms, grid=grid)
+    cells = {cell.id: cell for cell in plan.cells}
+    found = {(cell.axes["seed"], cells[cell.needs[0]].axes["seed"], cells[cell.needs[0]].axes["level"] == cell.axes["level"])
+             for cell in plan.cells if cell.arm == "replay"}  # fmt: skip
+    assert found == {(5, 0, True), (0, 3, True), (3, 5, True)}
+    with pytest.raises(UserError, match=r"seed=next\}.*arm replay \(seed 3\): next needs.*they have 3$"):
+        plan_of("grid.seed=[3]", arms=arms, grid=grid)
+    with pytest.raises(UserError, match=r"arm replay \(no axis seed\)"):
+        plan_of(arms=arms, grid={"stability.level": [0.5]})
+
+
 @pytest.mark.parametrize("reference, message", [
     ("{cell:arm=feedback}/metrics.jsonl", "matches 2 cells"),
     ("{cell:level=0.7}/metrics.jsonl", "matches 0 cells"),
@@ -240,7 +255,12 @@ def test_no_such_file():
 
 
 @pytest.mark.parametrize("document, message", [
-    ({"flags": {**BASE, "max_stepz": 3}}, "--max_stepz"),
+    ({"flags": {**BASE, "max_stepz": 3}}, "test.yaml: flags.max_stepz: .* no flag of this name; did you mean max_steps"),
+    ({"grid": {"learning_rat": [0.1]}}, "test.yaml: grid.learning_rat: .*did you mean learning_rate"),
+    ({"grid": {"model": {"a": {"sed": 1}}}}, "test.yaml: grid.model.a.sed: .*did you mean seed"),
+    ({"arms": {"a": {"flags": {"zzz": 1}}}}, "arms.a.flags.zzz: .*stability.KEY"),
+    ({"grid": {"learning_rate": ["high"]}}, r"cell learning_rate-high-\w+: grid.learning_rate: invalid float value: 'high'$"),
+    ({"recipe": "launchers/recipes/tiny_llama_prose.yaml", "grid": {"seed": [-1]}}, r"cell seed-1-\w+: grid.seed -1: allowed"),
     ({"flags": {**BASE, "stability.levle": 3}}, "stability.levle"),
     ({"grid": {"stability.level": [0, 2]}}, r"cell level-2-\w+: .*stability.level"),
     ({"grid": {"block_size": [64, 4096]}}, r"cell block_size-4096-\w+: .*4096"),
@@ -254,6 +274,13 @@ def test_a_cell_that_train_py_would_refuse_is_named(plan_of, tmp_path, document,
         check_cells(plan, tmp_path / "runs")
     assert "\n" not in str(error.value) and "test.yaml" in str(error.value)
     assert "/tmp/tmp" not in str(error.value)  # nor is it told of a scratch file
+
+
+def test_a_changed_flag_is_named_as_it_was_given(plan_of, tmp_path):
+    with pytest.raises(UserError, match=r"test.yaml: --set max_stepz: .*did you mean max_steps"):
+        check_cells(plan_of("max_stepz=3"), tmp_path / "runs")
+    with pytest.raises(UserError, match=r": --set block_size 1: allowed is"):
+        check_cells(plan_of("block_size=1"), tmp_path / "runs")
 
 
 def test_flag_words():

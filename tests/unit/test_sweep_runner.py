@@ -392,14 +392,18 @@ def test_mistakes_on_the_command_line(lab, capsys, words, message):
     assert not lab.path.exists()
 
 
-def test_hosts_of_a_hostfile(tmp_path):
+def test_hosts_of_a_hostfile(tmp_path, monkeypatch):
     file = tmp_path / "hosts"
     file.write_text("# two\nnode1 slots=4\n\nnode2 slots=8  # more\n")
     assert count_slots(str(file)) == 12
+    monkeypatch.setattr(os, "getcwd", lambda: "/plain")
+    monkeypatch.setenv("PYTHONPATH", "/plain:/too")
     command = Hosts(12, str(file)).command(Path("train.py"), ["--seed", "0"], 29500)
     assert command[1:] == ["-m", "deepspeed.launcher.runner", "--hostfile", str(file), "--master_port", "29500", "train.py", "--seed", "0"]
     assert Hosts(2).command(Path("train.py"), [], 1)[3:5] == ["--num_gpus", "2"]
-    for text, message in (("", "names no host"), ("node1\n", "line 1"), ("node1 slots=x\n", "allowed is HOST slots=N")):
+    for text, message in (("", "names no host"), ("node1\n", "line 1"), ("node1 slots=x\n", "allowed is HOST slots=N"),
+                          ("-oProxyCommand=x slots=1\n", "allowed is HOST slots=N"), ("a slots=\u00b2\n", "line 1"),
+                          ("a slots=1\na slots=1\n", "line 2: a is there twice")):  # fmt: skip
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             count_slots(str(file))
