@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN_SCRIPT = REPOSITORY / "launchers" / "train.py"
 SETTLED_FROM = 30  # steps after warm-up from which the ratio counts as settled
 MOVING_WINDOW = 30  # steps
+VERSIONS = ("python", "torch", "deepspeed", "transformers", "accelerate")  # that a page names
 
 
 class Estimate(NamedTuple):
@@ -171,6 +172,38 @@ def _processor() -> str:
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return name + (" (AMX bf16)" if "amx_bf16" in flags else "")
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """How the figures came about: command, commit, versions, seeds, machine, settings."""
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in VERSIONS if result["versions"].get(name))
+    seeds = ", ".join(f"{name} {value}" for name, value in result["seeds"].items())
+    machine = result["machine"]
+    place = ", ".join(machine["accelerators"]) or machine["processor"]
+    settings = ", ".join(f"{name} {_plain(value)}" for name, value in result["settings"].items())
+    lines = [
+        f"```bash\n{result['command']}\n```\n",
+        f"Commit {commits(result)}. {versions}. Seeds: {seeds}. {place}, {machine['cores']} cores, "
+        f"{machine['memory_gib']:g} GiB. Took {result['seconds'] / 60:.1f} minutes; finished {result['finished_at'][:10]}.",
+        f"Settings: {settings}.",
+    ]
+    return "\n".join(lines)
+
+
+def commits(result: dict[str, Any]) -> str:
+    """The commit of the script and, where cells of a resumed sweep were trained by others, theirs."""
+    git = result["git"]
+    if git is None:
+        return "unknown"
+    text = f"`{git['revision'][:12]}`" + (" with uncommitted changes" if git["dirty"] else "")
+    trained = {row.get("revision") for row in result.get("rows", [])} - {None, git["revision"]}
+    return text + (f", some runs at {', '.join(f'`{name[:12]}`' for name in sorted(trained))}" if trained else "")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {item}" for key, item in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -40,8 +40,8 @@ COLUMNS = {
     "Vendi score": Key("vendi_score", "sample"),
     "self-BLEU-4": Key("self_bleu_4", "sample"),
     "mode coverage": Key("mode_coverage", "sample"),
-    "pass@1": Key("exact_match_pass_1"),
-    "pass@8": Key("exact_match_pass_8"),
+    "pass@1": Key("exact_match_pass_1", "sample"),
+    "pass@8": Key("exact_match_pass_8", "sample"),
     "facts": Key("ds_facts_acc"),
     "cloze": Key("ds_cloze_acc"),
 }

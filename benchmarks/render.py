@@ -25,7 +25,6 @@ import smollm2
 from ds_stability.run_dir import write_atomic
 
 DOCS = common.REPOSITORY / "docs"
-VERSIONS = ("python", "torch", "deepspeed", "transformers", "accelerate")
 SAMPLE_CHARACTERS = 400
 _MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -65,7 +64,7 @@ def section(name: str, results: Path) -> str:
     result = load(file, results)
     if result is None:
         return f"Not measured yet: there is no `{file}.json` among the results files."
-    return body(result) if name in SAME_FILE else f"{provenance(result)}\n\n{body(result)}"
+    return body(result) if name in SAME_FILE else f"{common.provenance(result)}\n\n{body(result)}"
 
 
 def load(name: str, results: Path) -> dict[str, Any] | None:
@@ -81,38 +80,6 @@ def load(name: str, results: Path) -> dict[str, Any] | None:
     if result.get("kind") != name:
         raise ValueError(f"{path}: holds results of kind {result.get('kind')!r}")
     return result
-
-
-def provenance(result: dict[str, Any]) -> str:
-    """How the figures came about: command, commit, versions, seeds, machine, settings."""
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in VERSIONS if result["versions"].get(name))
-    seeds = ", ".join(f"{name} {value}" for name, value in result["seeds"].items())
-    machine = result["machine"]
-    place = ", ".join(machine["accelerators"]) or machine["processor"]
-    settings = ", ".join(f"{name} {_plain(value)}" for name, value in result["settings"].items())
-    lines = [
-        f"```bash\n{result['command']}\n```\n",
-        f"Commit {commits(result)}. {versions}. Seeds: {seeds}. {place}, {machine['cores']} cores, "
-        f"{machine['memory_gib']:g} GiB. Took {result['seconds'] / 60:.1f} minutes; finished {result['finished_at'][:10]}.",
-        f"Settings: {settings}.",
-    ]
-    return "\n".join(lines)
-
-
-def commits(result: dict[str, Any]) -> str:
-    """The commit of the script and, where cells of a resumed sweep were trained by others, theirs."""
-    git = result["git"]
-    if git is None:
-        return "unknown"
-    text = f"`{git['revision'][:12]}`" + (" with uncommitted changes" if git["dirty"] else "")
-    trained = {row.get("revision") for row in result.get("rows", [])} - {None, git["revision"]}
-    return text + (f", some runs at {', '.join(f'`{name[:12]}`' for name in sorted(trained))}" if trained else "")
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{key} {item}" for key, item in value.items())
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def demo_section(result: dict[str, Any]) -> str:

@@ -36,6 +36,11 @@ class Shape:
         table = self.vocabulary * self.hidden
         return [table, *(self.layer() * self.layers), self.hidden, table]
 
+    def registered(self) -> list[int]:
+        """The same elements in the order in which the module lists its parameters: a layer's norms come last."""
+        first, *inner = self.layer()
+        return [self.weights()[0], *([*inner[:4], *inner[5:], first, inner[4]] * self.layers), *self.weights()[-2:]]
+
     @property
     def parameters(self) -> int:
         return sum(self.weights())
@@ -75,7 +80,7 @@ def partition(shape: Shape, run: Run) -> int:
 def largest_sub_group(shape: Shape, run: Run) -> int:
     """Elements that the optimizer steps at once: a sub-group is closed by the weight with which it reaches its size."""
     groups, current = [0], 0
-    for size in shape.weights():
+    for size in shape.registered():
         current += -(-size // run.ranks)
         if current >= run.sub_group_size:
             groups.append(current)
@@ -213,6 +218,12 @@ def sent_by_rank(shape: Shape, run: Run) -> dict[str, float]:
     twice that of what is all-reduced (Patarasuk and Yuan 2009)."""
     share = (run.ranks - 1) / run.ranks
     return {name: share * size * (2 if name == "ds_stability" else 1) for name, size in messages(shape, run).items()}
+
+
+def sent_with_gloo(shape: Shape, run: Run) -> float:
+    """The same with gloo on CPUs, whose reduce-scatter sends as much as an all-reduce."""
+    parts = sent_by_rank(shape, run)
+    return sum(parts.values()) + parts["reduce-scatters"]
 
 
 def sent_by_node(shape: Shape, run: Run) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 import common
 import scale_formulas as formulas
 import soak
-from render import provenance
 from scale_formulas import Run, Shape
 
 Result = Mapping[str, Any]
@@ -77,12 +76,12 @@ def wire_table(result: Result) -> str:
         shape, run = of_row(row)
         if run.ranks == 1:
             continue
-        parts, sent = formulas.messages(shape, run), sum(formulas.sent_by_rank(shape, run).values())
+        parts, ring = formulas.messages(shape, run), sum(formulas.sent_by_rank(shape, run).values())
         gathered = compared(gathered_bytes(row), parts["gathers"] + parts["persistent"])
         rows.append([row["name"], str(run.ranks), *gathered, *compared(scattered_bytes(row), parts["reduce-scatters"]),
-                     *compared(row["loopback_per_rank"], sent)])  # fmt: skip
+                     *compared(row["loopback_per_rank"], formulas.sent_with_gloo(shape, run)), f"{ring / 1e6:.3f}"])  # fmt: skip
     header = ["model", "ranks", "gathered (MB)", "formula", "ratio", "reduce-scattered (MB)", "formula", "ratio",
-              "sent by a rank (MB)", "ring formula", "ratio"]  # fmt: skip
+              "sent by a rank (MB)", "formula for gloo", "ratio", "for rings (NCCL)"]  # fmt: skip
     return common.markdown_table(header, rows)
 
 
@@ -180,7 +179,7 @@ def reuse_table(result: Result) -> str:
 
 def provenance_text(result: Result) -> str:
     how = "The ranks had a network of their own." if result["settings"]["own_network"] else "The ranks shared the machine's network: no loopback column."
-    return f"{provenance(result)} {how}"
+    return f"{common.provenance(result)} {how}"
 
 
 def growth_text(result: Result) -> str:
@@ -203,15 +202,20 @@ def soak_text(result: Result) -> str:
         kind = next((kind for end, kind in kinds.items() if name.endswith(end)), "the rest")
         parts["running mean" if name.startswith("ds_stability_rank") else kind] += number
     checkpoint = ", ".join(f"{kind} {size(number)}" for kind, number in parts.most_common())
+    failed = [f"{row['name']}: {row['measured']}, allowed {row['limit']}" for row in result["criteria"] if not row["met"]]
+    verdict = f"**Not met: {'; '.join(failed)}.**" if failed else "All criteria are met."
+    medians = [1000 * value for value in result["blocks"]["step_seconds"]]
     return (f"{steps:,} steps took {result['seconds'] / 60:.1f} minutes. `metrics.jsonl` has grown by {files['metrics_bytes'] / steps:,.0f} bytes a "
             f"step, `tensorboard/` by {files['tensorboard_bytes'] / steps:,.0f} ({files['points_per_tag']:,} points of each tag). "
-            f"Its last checkpoint (fp32): {checkpoint}.")  # fmt: skip
+            f"Its last checkpoint (fp32): {checkpoint}; `trainer_state.json`, where Trainer keeps its log, is "
+            f"{files['newest_checkpoint']['trainer_state.json'] / steps:.0f} bytes of it for each step so far. The median step took {medians[0]:.0f} ms in "
+            f"the first block and {medians[-1]:.0f} ms in the last.\n\n{verdict}")  # fmt: skip
 
 
 TABLES: dict[str, dict[str, Callable[[Result], str]]] = {
     "scale": {"memory": memory_table, "activations": activations_table, "wire": wire_table, "stored": stored_table, "estimator": estimator_table,
               "examples": examples_table, "reuse": reuse_table, "provenance": provenance_text, "growth": growth_text},
-    "soak": {"criteria": soak_table, "text": soak_text, "provenance": provenance},
+    "soak": {"criteria": soak_table, "text": soak_text, "provenance": common.provenance},
 }  # fmt: skip
 
 

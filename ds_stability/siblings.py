@@ -7,6 +7,8 @@ import psutil
 
 # Name of the global rank, and of the number of ranks of this host, in a child's environment, by launcher.
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+# What all ranks of a job have in common when they start, and other jobs on the host do not.
+_JOB = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE")
 _COUNTS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 LOOKS, LOOK_SECONDS = 10, 0.05
 
@@ -30,16 +32,21 @@ def ended_soon() -> list[int]:
 
 
 def _living() -> set[int]:
-    """Ranks of the processes that this one's parent still runs. A zombie has no environment: it has ended."""
+    """Ranks of this job that run on this host. A zombie has no environment: it has ended.
+
+    All processes are looked at, not only the launcher's children: a rank may run inside a wrapper script.
+    """
+    job = _job(psutil.Process().environ())
     ranks = set()
-    try:
-        children = psutil.Process(os.getppid()).children(recursive=True)
-    except psutil.Error:  # it ended just now, and this process has another parent
-        return ranks
-    for process in children:
+    for process in psutil.process_iter():
         try:
             environment = process.environ()
-        except psutil.Error:
+        except (psutil.Error, OSError):  # gone, or another user's
             continue
-        ranks |= {int(environment[name]) for name in _RANKS if name in environment}
+        if _job(environment) == job:
+            ranks |= {int(environment[name]) for name in _RANKS if environment.get(name, "").isdigit()}
     return ranks
+
+
+def _job(environment: dict[str, str]) -> list[str | None]:
+    return [environment.get(name) for name in _JOB]

@@ -9,8 +9,8 @@ import io
 import json
 import re
 import shutil
-import warnings
 import sys
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -111,8 +111,12 @@ class Slurm:
         return dict(word.partition("=")[::2] for word in words)
 
     def start_now(self, job: str) -> None:
-        """A job that is queued again has to wait for two minutes."""
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+        """Begin a job that was queued again, which has to wait for two minutes from the end of its earlier start."""
+        deadline = time.monotonic() + 60
+        while self.state(job) in ("PENDING", "COMPLETING"):  # the two minutes are set late: an early change is lost
+            assert time.monotonic() < deadline, self.details(job)
+            self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
+            time.sleep(0.5)
 
     def wait_for(self, job: str, *states: str, seconds: float = 120) -> str:
         deadline = time.monotonic() + seconds

@@ -1,5 +1,5 @@
-"""SIGTERM and SIGUSR1, to one rank, to all, to the launcher: the step is finished and saved, exit code 75, and the run
-that is started again is the undisturbed one to the bit.
+"""SIGTERM and SIGUSR1, to one rank, to all, to the launcher, to the process group: the step is finished and saved, exit
+code 75, and the run that is started again is the undisturbed one to the bit.
 
 One run is stopped three times and started again each time, so that starts are shared.
 """
@@ -12,10 +12,13 @@ import pytest
 from ds_stability.checkpoint_files import hash_fault
 from ds_stability.run_dir import RunDir
 
-LAUNCHER = "launcher"
+# `deepspeed` is two processes on a host: the runner, which has no handler there and ends alone, and its child, the launcher
+# proper (deepspeed/launcher/launch.py), which passes SIGTERM on. A batch system signals the group.
+LAUNCHER, GROUP = "launcher", "group"
+CODES = {LAUNCHER: 1, GROUP: -signal.SIGTERM}  # of the runner; a rank's own code comes through when ranks are signalled
 CHAINS = {
-    "default": ((signal.SIGUSR1, (1,)), (signal.SIGTERM, (0, 1)), (signal.SIGTERM, LAUNCHER)),
-    "other": ((signal.SIGTERM, (0,)), (signal.SIGUSR1, (0, 1)), (signal.SIGTERM, (1,))),
+    "default": ((signal.SIGUSR1, (1,)), (signal.SIGTERM, (0, 1)), (signal.SIGTERM, GROUP)),
+    "other": ((signal.SIGTERM, (0,)), (signal.SIGUSR1, (0, 1)), (signal.SIGTERM, LAUNCHER)),
 }
 STEPS = (6, 13, 18)  # at which the signals come: none of them saves by itself
 
@@ -30,9 +33,12 @@ def stop(driver_module, place, output, log, number, whom, step):
     try:
         moment = fault_runs.Moment(f"step {step}", lambda: fault_runs.last_step(run) >= step, lambda: True)
         assert attempt.wait_for(moment), attempt.text()[-3000:]
-        ids = [attempt.process.pid] if whom == LAUNCHER else [fault_processes.rank_process(attempt.marker, rank).pid for rank in whom]
-        for pid in ids:
-            os.kill(pid, number)
+        if whom == GROUP:
+            os.killpg(attempt.process.pid, number)
+        else:
+            ranks = [fault_processes.rank_process(attempt.marker, rank) for rank in (whom if whom != LAUNCHER else (0,))]
+            for process in ranks if whom != LAUNCHER else [ranks[0].parent()]:
+                process.send_signal(number)
         text = attempt.wait_until_ended()
     finally:
         attempt.clear()
@@ -59,7 +65,7 @@ def chain(place, folder, signals):
 
 def check(place, stops, results, signals):
     for (number, whom), record in zip(signals, stops, strict=False):
-        assert record["code"] == (1 if whom == LAUNCHER else 75), record["text"][-3000:]
+        assert record["code"] == CODES.get(whom, 75), record["text"][-3000:]
         lines = [line for line in record["text"].splitlines() if line.startswith("stopped: ")]
         assert len(lines) == 1 and f"after step {record['newest']}," in lines[0] and "auto goes on" in lines[0], record["text"][-3000:]
         assert number.name in lines[0] or "signal to another rank" in lines[0]
@@ -81,5 +87,6 @@ def test_the_other_signals_and_receivers(fault_driver, tmp_path):
 
 
 def test_the_signals_of_both_chains_are_all_there_are():
-    pairs = {(number, whom if whom == LAUNCHER else len(whom)) for signals in CHAINS.values() for number, whom in signals}
-    assert pairs == {(signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGTERM, 2), (signal.SIGUSR1, 2), (signal.SIGTERM, LAUNCHER)}
+    pairs = {(number, whom if whom in CODES else len(whom)) for signals in CHAINS.values() for number, whom in signals}
+    assert pairs == {(signal.SIGTERM, 1), (signal.SIGUSR1, 1), (signal.SIGTERM, 2), (signal.SIGUSR1, 2), (signal.SIGTERM, LAUNCHER),
+                     (signal.SIGTERM, GROUP)}  # fmt: skip

@@ -19,6 +19,7 @@ STABILITY = {
     "stabilizers": {"feedback": {}, "clipping": {}, "averaging": {"level": 0.3},
                     "regularization": {"level": 0.8, "kind": "init_decay"}},
     "controller": {"warmup_steps": 2, "ramp_steps": 2},
+    "statistics": {"update_ratio_interval": 1},  # norms over whole partitions: padding would show
 }  # fmt: skip
 
 
@@ -80,7 +81,8 @@ def check_metrics(whole, resumed):
         assert new["learning_rate"] == old["learning_rate"]
         for key in ("loss", "cross_entropy", "stability/gain", "stability/clip_threshold", "stability/averaging_beta"):
             assert new[key] == pytest.approx(old[key], abs=1e-4), (key, new["step"])
-        assert new["stability/update_ratio"] == pytest.approx(old["stability/update_ratio"], rel=1e-3)
+        for key in ("stability/update_ratio", "stability/gradient_cosine"):
+            assert new[key] == pytest.approx(old[key], rel=5e-3), (key, new["step"])
     assert after[-1]["eval/cross_entropy"] == pytest.approx(before[-1]["eval/cross_entropy"], abs=1e-4)
     assert len({row["stability/tokens"] for row in before}) > 2
 

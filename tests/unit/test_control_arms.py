@@ -13,7 +13,7 @@ from ds_stability.controller import FeedbackController, Setting
 from ds_stability.errors import StabilityConfigError
 from ds_stability.loss import StabilityLoss, token_weights
 from ds_stability.stabilizers.feedback import Feedback, read_gains
-from ds_stability.statistics import TOKEN_FIELDS, StepSums
+from ds_stability.statistics import STEP_FIELDS, TOKEN_FIELDS, StepSums
 
 VOCAB = 13
 SETTING = Setting(gain=1.5, mu=2.5, sigma=0.8, mean_weight=1.3)
@@ -104,7 +104,7 @@ def step_sums(seed):
     loss = make_loss(None)
     run(loss, logits, labels)
     tokens, bins = loss.train.sums_K, loss.train.bins.reshape(-1)
-    return StepSums(torch.cat([tokens, torch.zeros(8, dtype=torch.float64), bins]).numpy())
+    return StepSums(torch.cat([tokens, torch.zeros(len(STEP_FIELDS), dtype=torch.float64), bins]).numpy())
 
 
 def test_replayed_gains_are_those_of_the_closed_loop():

@@ -86,7 +86,8 @@ print(stop.received, flush=True)
 
 
 def start_rank(rank, count, seconds=0.0):
-    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(count)}
+    environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(count),
+                   "MASTER_PORT": f"{os.getpid()}"}
     environment.pop("LOCAL_WORLD_SIZE", None)
     process = subprocess.Popen([sys.executable, "-c", RANK, str(seconds)], env=environment, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip

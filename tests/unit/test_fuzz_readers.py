@@ -45,6 +45,7 @@ from ds_stability.recorder import read_metrics  # noqa: E402
 from ds_stability.run_dir import RunDir  # noqa: E402
 from ds_stability.stabilizers.feedback import read_gains  # noqa: E402
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PIECES = [
     b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\r\n", b"\n", b"\r", b"\xe2\x80\xa8", b"\xc2\x85", b"\x1b[2J", b"\xc2\x9b", b"\xe2\x80\xae",
     b"\\ud800", b"\\u0000", b"[" * 2000, b"{\"a\":" * 1500, b"9" * 5000, b"-9" * 3, b"1e999", b"NaN", b"Infinity", b"null", b"true", b'""', b"[]", b"{}",
@@ -236,14 +237,7 @@ def test_settings_of_sweeps(folder, text):
     outcome(lambda: load_plan(path, [text]))
 
 
-RECIPE = b"""config_name: ds_configs/models/gpt2_tiny.json
-dataset_name: builtin:prose
-deepspeed: ds_configs/zero3_cpu.json
-block_size: 64
-max_steps: 5
-learning_rate: 1.0e-3
-lora_target_modules: [a, b]
-"""
+RECIPE = (REPOSITORY / "launchers" / "recipes" / "tiny_llama_prose.yaml").read_bytes()
 
 
 @fuzz(40)
@@ -254,13 +248,7 @@ def test_recipes(folder, data):
     outcome(lambda: parse_command(["--config", str(path), "--output_dir", str(folder / "run")]))
 
 
-PREDICTIONS = b"""- id: P1
-  statement: It falls.
-  metric: predictive_entropy
-  split: held_out
-  direction: decreasing
-  levels: [.25, 1]
-  architectures: [gpt2]
+PREDICTIONS = b"""- {id: P1, statement: It falls., metric: predictive_entropy, split: held_out, direction: decreasing, levels: [.25, 1], architectures: [gpt2]}
 - {id: P2, statement: It holds., metric: distinct_2, decoding: sample, minimum: .1, maximum: 1, level: 1, arm: feedback}
 """
 

@@ -54,7 +54,8 @@ if act.startswith("checkpoint"):
     folder = run / act.split()[0]
     folder.mkdir(exist_ok=True)
     (folder / "trainer_state.json").write_text("{}")
-    (folder / "rng_state.pth").write_text("")
+    files = {"trainer_state.json": {"bytes": 2, "sha256": ""}}
+    (folder / "checkpoint.json").write_text(json.dumps({"version": 1, "step": 4, "world_size": 1, "files": files}))
 if act.endswith("fail"):
     print("something broke")
     sys.exit(1)
@@ -237,7 +238,7 @@ def test_the_folder_of_another_thing_is_refused(lab):
     with pytest.raises(UserError, match="holds a single run"):
         lab.sweep()
     (lab.path / "sweep.json").write_text("{")
-    with pytest.raises(UserError, match="is no JSON"):
+    with pytest.raises(UserError, match="is no plan of a sweep"):
         lab.sweep()
 
 
