@@ -65,12 +65,14 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
     return 0
 
 
-def _speak(error: Exception) -> None:
+def _speak(error: UserError | SkippedStepsError | PeerLostError | StorageError) -> None:
     rank = global_rank()
     if not isinstance(error, PeerLostError):
         release_signals()  # it is the launcher's now to end those that wait here, and they have nothing to add
     if rank != 0:
         time.sleep(STORAGE_SECONDS if isinstance(error, StorageError) else SPEAK_AFTER_SECONDS)
+        if error.everywhere:
+            return
     with contextlib.suppress(OSError):  # cut off from the launcher's host: nobody listens, but the exit code must be right
         print(f"error: {f'rank {rank}: ' if rank else ''}{safe_line(error)}", file=sys.stderr, flush=True)
 
@@ -106,5 +108,7 @@ def agree(action: Callable[[], T]) -> T:
         if text is not None and failures[rank]:
             raise RuntimeError(f"rank {rank}: {text}")
         if text is not None:
-            raise UserError(text if rank == 0 or text == messages[0] else f"rank {rank}: {text}")
+            agreed = UserError(text if rank == 0 or text == messages[0] else f"rank {rank}: {text}")
+            agreed.everywhere = dist.is_initialized()
+            raise agreed
     return result

@@ -10,6 +10,7 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+    everywhere = False  # whether every rank has raised it, so that rank 0 speaks for all
 
     def __init__(self, message: str):
         super().__init__(safe_line(message))
@@ -23,18 +24,21 @@ class SkippedStepsError(RuntimeError):
     """`max_skipped_steps` optimizer steps in a row had to be skipped because numbers were not finite."""
 
     exit_code = 3
+    everywhere = True
 
 
 class PeerLostError(RuntimeError):
     """Another rank, or the network to it, was lost in the middle of a run (sysexits.h: EX_UNAVAILABLE)."""
 
     exit_code = 69
+    everywhere = False
 
 
 class StorageError(RuntimeError):
     """The file system failed while something was written: full, read-only, over quota (sysexits.h: EX_IOERR)."""
 
     exit_code = 74
+    everywhere = False
 
 
 class StoppedError(RuntimeError):

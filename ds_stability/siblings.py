@@ -9,7 +9,8 @@ import psutil
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 # What all ranks of a job have in common when they start, and other jobs on the host do not.
 _JOB = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE")
-_COUNTS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+# deepspeed's comes first: under it Accelerate sets LOCAL_WORLD_SIZE to 1 on CPUs, whatever there is.
+_COUNTS = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 LOOKS, LOOK_SECONDS = 10, 0.05
 
 

@@ -140,3 +140,13 @@ print(os.WTERMSIG(status), stop.received)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == f"{int(signal.SIGTERM)} None\n", done.stderr
+
+
+def test_the_count_of_one_that_accelerate_sets_is_not_believed(monkeypatch):
+    """Under deepspeed on CPUs: rank 0 would then never see another rank end."""
+    from ds_stability import siblings
+
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(siblings, "_living", lambda: {0})
+    assert siblings.ended_ranks() == [1]
