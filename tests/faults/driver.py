@@ -37,7 +37,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY / "benchmarks")]
 import fault_processes as processes  # noqa: E402
 from fault_runs import KINDS, Moment  # noqa: E402
 
-from ds_stability.run_dir import write_atomic, write_json_atomic  # noqa: E402
+from ds_stability.run_dir import git_revision, write_atomic, write_json_atomic  # noqa: E402
 
 RANKS = 2
 END_SECONDS = 60.0  # within which every process of a run that has lost a rank must have ended
@@ -230,8 +230,9 @@ class Driver:
             for each in attempts:
                 each.clear()
         share = round((time.monotonic() - started) / len(records), 1) if records else 0.0
+        git = git_revision(REPOSITORY) or {"revision": None, "dirty": True}
         for record in records:
-            record |= {"differences": same, "trial_seconds": share}
+            record |= {"differences": same, "trial_seconds": share, **git}
             record["passed"] = passed(record)
         with open(self.journal, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
@@ -276,9 +277,13 @@ def summary(records: list[dict[str, Any]], seed: int) -> dict[str, Any]:
 
     settings = {"trials": len(records), "ranks": RANKS, "launcher": "deepspeed"}
     head = common.describe_measurement("faults", {"trials": seed}, settings)
+    if head["git"] is not None:  # what was run in several calls may be of several commits
+        head["git"]["dirty"] |= any(record.get("dirty", True) for record in records)
+    revisions = sorted({record["revision"] for record in records if record.get("revision")})
     rows = [row for phase in PHASES if (row := phase_row(phase, [r for r in records if r["phase"] == phase]))]
     failed = [{key: record[key] for key in ("trial", "phase", "rank", "moment")} for record in records if not record["passed"]]
-    return {**head, "seconds": sum(record["trial_seconds"] for record in records), "phases": rows, "failed": failed}
+    return {**head, "seconds": sum(record["trial_seconds"] for record in records), "phases": rows, "failed": failed,
+            "rows": [{"revision": revision} for revision in revisions]}  # fmt: skip
 
 
 def phase_row(phase: str, records: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -99,7 +99,8 @@ def test_what_counts_as_passed():
 
 
 def test_the_summary_counts_by_phase():
-    record = {"struck": True, "named": "x", "kept": True, "differences": [], "moment": "step 3", "passed": True, "trial_seconds": 20.0}
+    record = {"struck": True, "named": "x", "kept": True, "differences": [], "moment": "step 3", "passed": True, "trial_seconds": 20.0,
+              "revision": "a" * 40, "dirty": True}  # fmt: skip
     records = [
         {**record, "trial": 0, "phase": "training", "rank": 0, "inside": True, "seconds": 1.0},
         {**record, "trial": 1, "phase": "training", "rank": 1, "inside": False, "seconds": 3.0},
@@ -110,6 +111,8 @@ def test_the_summary_counts_by_phase():
                                    "longest_seconds": 3.0, "named": 2, "same": 2}  # fmt: skip
     assert result["phases"][1]["ended"] == 0 and result["phases"][1]["longest_seconds"] is None
     assert result["failed"] == [{"trial": 2, "phase": "sweep", "rank": 1, "moment": "step 3"}] and result["seconds"] == 60.0
+    assert result["rows"] == [{"revision": "a" * 40}] and result["git"]["dirty"]
+
     import render
 
     text = render.faults_section(result)
