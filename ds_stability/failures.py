@@ -6,6 +6,7 @@ Each becomes one line and an exit code of its own (errors.py). Anything else kee
 import errno
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +26,7 @@ REASON_CHARACTERS = 200
 def storage_reason(error: BaseException) -> str | None:
     """What the file system said, in one line, if `error` or its cause says that writing failed; else None."""
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
-        return f"{error.filename or 'a file'}: {os.strerror(error.errno)}"
+        return f"{os.fsdecode(error.filename or 'a file')}: {os.strerror(error.errno)}"
     text = _one_line(error)
     wrapped = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
     if wrapped and any(word in text for word in _STORAGE_WORDS):
@@ -53,8 +54,10 @@ def cluster_failures(hosts: list[str], rank: int, again: str) -> Iterator[None]:
     Args:
         hosts: the host of every rank, by rank (`gather_hosts`). rank: of this process. again: how to start the job again.
     """
+    plain, threading.excepthook = threading.excepthook, _of_a_thread
     try:
         yield
+        threading.excepthook = plain  # after a failure the hook stays: a thread may speak later than this one
     except Exception as error:  # raised again, as what it is
         lost, storage = peer_reason(error), storage_reason(error)
         if lost is not None:
@@ -62,6 +65,12 @@ def cluster_failures(hosts: list[str], rank: int, again: str) -> Iterator[None]:
         if storage is not None:
             raise StorageError(f"writing failed ({storage}); what was written before is whole; make room, then {again}") from error
         raise
+
+
+def _of_a_thread(failure: threading.ExceptHookArgs) -> None:
+    """No traceback of a failing disk: TensorBoard's writer keeps the error, and the main thread meets it there."""
+    if failure.exc_value is None or storage_reason(failure.exc_value) is None:
+        threading.__excepthook__(failure)
 
 
 def gather_hosts() -> list[str]:

@@ -110,6 +110,16 @@ def mounted(*words):
         subprocess.run(["umount", "-l", str(target)], check=True)
 
 
+def make_read_only(mount):
+    """Refused as long as a file is being written through the mount, which takes moments."""
+    for _ in range(200):
+        done = subprocess.run(["mount", "-o", "remount,bind,ro", str(mount)], capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        time.sleep(0.01)
+    pytest.fail(done.stderr)
+
+
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(place, start, tmp_path):
     files = [path for path in (place.undisturbed_folder("training") / "checkpoint-24").rglob("*") if path.is_file()]
     size = sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in files)  # what one checkpoint takes
@@ -137,7 +147,7 @@ def test_save_total_limit_deletes_after_the_new_one_is_safe_and_a_read_only_file
     assert {4, 8, 12} <= seen and fewest == 1, attempt.text()[-3000:]
     # A mount over itself: the files that are open for writing belong to the one below, which could not become read-only.
     with mounted("--bind", output, output):
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(output)], check=True)
+        make_read_only(output)
         text = attempt.wait_until_ended()
     assert attempt.process.returncode == 74, text[-3000:]
     lines = error_lines(text)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -150,3 +151,25 @@ def test_the_count_of_one_that_accelerate_sets_is_not_believed(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(siblings, "_living", lambda: {0})
     assert siblings.ended_ranks() == [1]
+
+
+def test_a_thread_that_meets_a_full_disk_prints_no_traceback(capsys, monkeypatch):
+    """As TensorBoard's writer, whose error the main thread raises again."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+
+    def fail(error):
+        def run():
+            raise error
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    full = OSError(errno.ENOSPC, "full", b"events")
+    with pytest.raises(StorageError, match="events: No space left"), cluster_failures(["a"], 0, "start again"):
+        fail(full)
+        raise full
+    fail(full)  # one that is late
+    assert capsys.readouterr().err == ""
+    fail(KeyError("a bug"))
+    assert "KeyError" in capsys.readouterr().err
