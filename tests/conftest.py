@@ -12,6 +12,15 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def environment_is_kept():
+    """What a test calls in this process may set RANK and its kin; the next test's processes must not inherit that."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def remove_buffers(port: int) -> None:
     """DeepSpeed's CPU all-reduce leaves 66 MiB of shared memory per rank and master port behind (docs/footguns.md)."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):

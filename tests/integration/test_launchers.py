@@ -28,6 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN, EVALUATE = REPOSITORY / "launchers" / "train.py", REPOSITORY / "eval" / "run.py"
 JOBS = REPOSITORY / "launchers" / "slurm"
 BIN = Path(sys.executable).parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")  # the script of that name lies where torch was installed
 HOSTILE = "o' \"x\" $(touch pwned) `touch pwned` ;#&*"  # a folder's name
 SUITE = {
     "name": "tiny", "batch_size": 4, "max_new_tokens": 8, "samples_per_prompt": 2, "prompts": {"count": 8, "tokens": 6},
@@ -118,17 +119,17 @@ def evaluated_by(output, log=""):
 
 def test_torchrun_with_rendezvous(place):
     port = free_port()
-    out = run(BIN / "torchrun", "--nnodes", 1, "--nproc_per_node", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}",
+    out = run(*TORCHRUN, "--nnodes", 1, "--nproc_per_node", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}",
               TRAIN, *training(place, place / "torchrun"))  # fmt: skip
     losses(place / "torchrun", log=out)
-    out = run(BIN / "torchrun", "--nnodes", 1, "--nproc_per_node", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}",
+    out = run(*TORCHRUN, "--nnodes", 1, "--nproc_per_node", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}",
               EVALUATE, *evaluation(place, place / "torchrun", place / "torchrun-evals"))  # fmt: skip
     assert evaluated_by(place / "torchrun-evals", out) == 2
 
 
 @pytest.mark.slow
 def test_accelerate(place):
-    launch = [BIN / "accelerate", "launch", "--config_file", REPOSITORY / "launchers" / "accelerate.yaml", "--num_processes", 2,
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", REPOSITORY / "launchers" / "accelerate.yaml", "--num_processes", 2,
               "--main_process_port", free_port()]  # fmt: skip
     losses(place / "accelerate", log=run(*launch, TRAIN, *training(place, place / "accelerate")))
     out = run(*launch, EVALUATE, *evaluation(place, place / "accelerate", place / "accelerate-evals"))
