@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,15 @@ ALONE = (0, 1)
 Files = dict[str, dict[str, Any]]  # path relative to the folder -> {"bytes": int, "sha256": str}
 
 
-def describe_files(folder: Path, share: tuple[int, int] = ALONE) -> Files:
-    """Size and hash of this rank's share of the files in `folder`, each brought to disk."""
-    rank, ranks = share
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {name: _describe(folder / name) for name in names[rank::ranks] if name != MANIFEST}
+def list_files(folder: Path) -> list[str]:
+    """Names of all files below `folder` but the manifest, relative to it, sorted."""
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def describe_files(folder: Path, names: list[str]) -> Files:
+    """Size and hash of the files `names` in `folder`, each brought to disk."""
+    return {name: _describe(folder / name) for name in names}
 
 
 def write_manifest(folder: Path, files: Files, step: int, world_size: int) -> None:
@@ -67,8 +72,10 @@ def size_fault(folder: Path) -> str | None:
     for name, entry in files.items():
         try:
             size = (folder / name).stat().st_size
-        except OSError:
+        except FileNotFoundError:
             return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
         if size != entry["bytes"]:
             return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
     return None
@@ -90,12 +97,17 @@ def hash_fault(folder: Path, share: tuple[int, int] = ALONE) -> str | None:
     return None
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; what is left of an interrupted deletion is no checkpoint any more."""
+def remove_checkpoint(folder: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Delete a checkpoint; what is left of an interrupted deletion is no checkpoint any more.
+
+    Args:
+        meanwhile: called when the name is free and the old content is still there (its successor takes the name).
+    """
     doomed = folder.with_name(REMOVING + folder.name)
     if doomed.exists():
         shutil.rmtree(doomed)
     folder.rename(doomed)
+    meanwhile()
     sync_directory(folder.parent)
     shutil.rmtree(doomed)
 

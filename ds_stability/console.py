@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ds_stability.errors import PeerLostError, SkippedStepsError, StoppedError, StorageError, UserError
+from ds_stability.failures import storage_reason
 from ds_stability.output import stop_when_unread
 from ds_stability.preemption import release_signals
 from ds_stability.safe_text import safe_line
@@ -81,32 +82,32 @@ def agree(action: Callable[[], T]) -> T:
     """Run `action` on every rank; if it fails on any, fail on all with the first rank's message.
 
     A file can be missing, or a disk full, on one node only: without this the others would wait in a collective. What the
-    user can mend (UserError, OSError) is raised as a UserError, anything else as it came, or as a RuntimeError elsewhere.
+    user can mend (UserError, OSError) is raised as a UserError, a failing file system as a StorageError, anything else as it
+    came, or as a RuntimeError elsewhere.
     """
     import torch.distributed as dist
 
-    result, message, failure = None, None, None
+    result, message, failure, storage = None, None, None, False
     try:
         result = action()
     except UserError as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename or 'file system'}: {error.strerror or error}"
+        message, storage = f"{error.filename or 'file system'}: {error.strerror or error}", storage_reason(error) is not None
     except Exception as error:  # raised below, after the other ranks have heard of it
         failure, message = error, f"{type(error).__name__}: {error}"
-    messages: list[str | None] = [message]
+    outcomes = [(message, failure is not None, storage)]
     if dist.is_initialized():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-    failures = [failure is not None]
-    if dist.is_initialized() and any(text is not None for text in messages):
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure is not None)
+        outcomes = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (message, failure is not None, storage))
     if failure is not None:
         raise failure
-    for rank, text in enumerate(messages):
-        if text is not None and failures[rank]:
+    messages = [text for text, _, _ in outcomes]
+    for rank, (text, failed, storage) in enumerate(outcomes):
+        if text is not None and failed:
             raise RuntimeError(f"rank {rank}: {text}")
+        if text is not None and storage:
+            raise StorageError(f"rank {rank}: writing failed ({text}); what was written before is whole; make room, then start again")
         if text is not None:
             agreed = UserError(text if rank == 0 or text == messages[0] else f"rank {rank}: {text}")
             agreed.everywhere = dist.is_initialized()

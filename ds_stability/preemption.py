@@ -40,7 +40,7 @@ class StopSignals:
             signal.signal(number, _noted_elsewhere)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="stop-signals", daemon=True).start()
-        os.register_at_fork(after_in_child=release_signals)
+        os.register_at_fork(after_in_child=_in_child)
         return self
 
     def _watch(self) -> None:
@@ -76,8 +76,19 @@ def _noted_elsewhere(number, frame) -> None:
     """The thread reads the signal from the pipe; a Python handler must exist for that."""
 
 
+def _in_child() -> None:
+    """A forked child (a data loader's worker) ends by SIGTERM, as any process does, but ignores SIGUSR1.
+
+    A batch system sends SIGUSR1 to a whole process group, and the rank needs its workers to finish the step.
+    """
+    ours = signal.getsignal(signal.SIGUSR1) is _noted_elsewhere
+    release_signals()
+    if ours:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def release_signals() -> None:
-    """Die of these signals again, as any process does: in a forked child (a data loader's worker), or when all is lost.
+    """Die of these signals again, as any process does: when all is lost.
 
     On the main thread; does nothing where `install` was not called.
     """

@@ -206,24 +206,27 @@ def _is_of_a_run(run: RunDir) -> bool:
     return run.manifest.exists() or all(_KEPT.fullmatch(entry.name) for entry in run.path.iterdir())
 
 
-def set_aside(run: RunDir) -> Path | None:
+def set_aside(run: RunDir, entries: Sequence[Path] | None = None) -> Path | None:
     """Move what a run left that died before its first whole checkpoint into attempt-K; None if it left nothing.
 
     For the process that holds the run's lock. Locks and earlier attempts stay where they are.
+
+    Args:
+        entries: what to move; None moves all that is there.
     """
-    left = [entry for entry in run.path.iterdir() if not _KEPT.fullmatch(entry.name)]
+    left = [entry for entry in run.path.iterdir() if not _KEPT.fullmatch(entry.name)] if entries is None else list(entries)
     if not left:
         return None
     number = 1
     while (target := run.path / f"attempt-{number}").exists():
         number += 1
     target.mkdir()
-    for entry in left:
+    for entry in sorted(left, key=lambda entry: entry == run.manifest):  # the manifest last: it says that this is a run
         entry.rename(target / entry.name)
     return target
 
 
-_KEPT = re.compile(r".*\.lock|attempt-\d+|\.(saving|removing)-.*")
+_KEPT = re.compile(r".*\.lock|attempt-\d+|\.(saving|removing|universal)-.*|\..*\.tmp")
 _ABSENT = object()
 
 

@@ -12,6 +12,13 @@ _JOB = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAM
 # deepspeed's comes first: under it Accelerate sets LOCAL_WORLD_SIZE to 1 on CPUs, whatever there is.
 _COUNTS = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 LOOKS, LOOK_SECONDS = 10, 0.05
+_seen: set[int] | None = None
+
+
+def look_around() -> None:
+    """Note which ranks can be seen from here while all are there: one in a container of its own never is."""
+    global _seen
+    _seen = _living()
 
 
 def ended_ranks() -> list[int]:
@@ -20,7 +27,8 @@ def ended_ranks() -> list[int]:
     if not count or "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
         return []
     first = int(os.environ["RANK"]) - int(os.environ["LOCAL_RANK"])
-    return sorted(set(range(first, first + count)) - _living() - {int(os.environ["RANK"])})
+    expected = set(range(first, first + count)) if _seen is None else _seen & set(range(first, first + count))
+    return sorted(expected - _living() - {int(os.environ["RANK"])})
 
 
 def ended_soon() -> list[int]:

@@ -77,9 +77,12 @@ def convert(checkpoint: Path, step: int) -> Path:
 
 def _run_converter(source: Path, target: Path) -> None:
     command = [sys.executable, "-m", "ds_stability.universal_worker", os.fspath(source), os.fspath(target)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    # In a session of its own: a signal to the ranks' group must not look like a checkpoint that cannot be converted.
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", start_new_session=True)
     if done.returncode == 0:
         return
+    if done.returncode < 0:
+        raise RuntimeError(f"the conversion of {source.parent} was ended by signal {-done.returncode}; start again")
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     last = lines[-1] if lines else f"exit code {done.returncode}"
     if FULL_DISK in done.stderr:

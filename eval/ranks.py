@@ -121,7 +121,11 @@ class Ranks:
             raise failure
         if outcome[1] is not None:
             kind, text = outcome[1]
-            raise UserError(text) if kind == "user" else OtherRankFailed(text)
+            if kind == "other":
+                raise OtherRankFailed(text)
+            agreed = UserError(text)
+            agreed.everywhere = self.world_size > 1
+            raise agreed
         return outcome[0]
 
     def all_say(self, value: T) -> list[T]:

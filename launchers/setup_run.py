@@ -4,12 +4,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from ds_stability import engine_of
 from ds_stability.checkpoint_files import remove_remains
@@ -25,6 +27,7 @@ from ds_stability.probe import Probe, prompts_from_blocks, prompts_from_file
 from ds_stability.run_dir import RunDir, build_manifest, check_output_dir, set_aside
 
 PROMPT_TOKENS = 16
+VISIBLE_SECONDS = 30.0
 
 
 def high_frequency(command: Command, tokenizer: Any, config: Any, train_data: Any, facts: dict) -> HighFrequencySet:
@@ -42,6 +45,8 @@ def require_same_run(command: Command, run: RunDir, identity: dict[str, Any]) ->
     if command.resume is not None:
         check_output_dir(run.path, True, identity)
         require_same_batch(command, run)
+    elif command.resume_mode == "auto" and run.manifest.exists():  # a run that died early: start it anew, but no other one's
+        check_output_dir(run.path, True, identity)
 
 
 def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: dict, frequent: HighFrequencySet,
@@ -53,6 +58,7 @@ def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: di
     hold_run(run.create(), command.resume is not None or command.resume_mode == "auto")
     remove_remains(run.path)
     if command.resume is not None:
+        _leave_behind(command, run)
         return
     if command.resume_mode == "auto":
         earlier = set_aside(run)
@@ -69,6 +75,24 @@ def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: di
     run.write_manifest(build_manifest(config=resolved, identity=identity, seeds=seeds, data=facts,
                                       world_size=args.world_size, hosts=_hosts()))  # fmt: skip
     frequent.save(os.fspath(run.path / FILE_NAME))
+
+
+def _leave_behind(command: Command, run: RunDir) -> None:
+    """Going back to a named checkpoint leaves the later ones behind: they are no newest ones any more."""
+    step = int(os.path.basename(os.path.normpath(command.resume)).rpartition("-")[2])
+    later = [path for number, path in run.checkpoints() if number > step] if command.resume_mode == "path" else []
+    if later:
+        print(f"note: {', '.join(path.name for path in later)} moved to {set_aside(run, later)}", flush=True)
+
+
+def require_visible(run: RunDir) -> None:
+    """UserError if this host does not see what rank 0 has written; a network file system gets some time."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not run.manifest.exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"--output_dir {run.path}: this host does not see what rank 0 wrote; give a folder on a file system "
+                            "that all hosts share")
+        time.sleep(0.1)
 
 
 def hold_run(run: RunDir, resume: bool) -> None:
@@ -147,6 +171,8 @@ class RunCallback(TrainerCallback):
             control.should_evaluate |= self.evaluate_last  # the last step's line holds the final held-out figures
         elif self.engine.stability.stop_requested:
             self.stopped = control.should_save = control.should_training_stop = True
+            if args.save_strategy == SaveStrategy.BEST:
+                control.should_evaluate = False  # Trainer would take back the wish to save
 
     def on_save(self, args, state, control, **kwargs):
         if self.stopped:

@@ -152,7 +152,8 @@ class Sweep:
             self.progress.finish(cell.id, self.folder.seconds(cell))
             self.progress.say(f"{cell.id}: {f'resumed at step {step}, ' if step is not None else ''}done in {clock(seconds)}")
         elif outcome == "failed":
-            if step is not None and self.folder.checkpoint_to_resume(cell) == step:
+            # A lost rank, a full disk or a signal says nothing about the checkpoint.
+            if code == 1 and step is not None and self.folder.checkpoint_to_resume(cell) == step:
                 self.folder.set_aside(cell)  # it may be the checkpoint that is damaged
             # A mistake in what was given stays one, however often it is tried.
             self.fail(cell, f"failed with exit code {code}", log, for_good=code == UserError.exit_code)

@@ -46,12 +46,14 @@ from ds_stability.launchers.setup_run import (  # noqa: E402
     finish_run,
     high_frequency,
     require_same_run,
+    require_visible,
     run_identity,
     start_run,
 )
 from ds_stability.launchers.world_size import LoadedOnce, check_flags, convert_checkpoint, world_has_changed  # noqa: E402
 from ds_stability.preemption import StopSignals  # noqa: E402
 from ds_stability.run_dir import RunDir  # noqa: E402
+from ds_stability.siblings import look_around  # noqa: E402
 from ds_stability.universal import load_universal  # noqa: E402
 
 
@@ -166,9 +168,22 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output_dir {run.path}: this run is complete (DONE); nothing is left to resume")
     config = load_config(command)  # before any process group: a wrong name or size costs seconds
     signals = StopSignals().install()
-    deepspeed.init_distributed(timeout=timedelta(seconds=command.training["ddp_timeout"]))
-    with cluster_failures(gather_hosts(), dist.get_rank(), "start again with --resume_from_checkpoint auto"):
+    again = "start again with --resume_from_checkpoint auto"
+    with cluster_failures(["this host"], 0, again):  # nobody knows yet who the others are
+        hosts = join(command)
+    with cluster_failures(hosts, dist.get_rank(), again):
         train(command, run, config, signals)
+
+
+def join(command: Command) -> list[str]:
+    """Start the process group; the host of every rank."""
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() != "cpu":  # or the first collective of every rank runs on device 0
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=timedelta(seconds=command.training["ddp_timeout"]))
+    hosts = gather_hosts()
+    look_around()
+    return hosts
 
 
 def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
@@ -202,6 +217,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     trainer = StabilityTrainer(model=model, args=args, train_dataset=fill_last_step(train_data, global_batch),
                                eval_dataset=eval_data, data_collator=default_data_collator, callbacks=[callback])  # fmt: skip
     agree(lambda: start_run(command, run, identity, facts, frequent, args))
+    agree(lambda: require_visible(run))
     checkpoint = command.resume
     if changed:
         checkpoint = os.fspath(convert_checkpoint(command))

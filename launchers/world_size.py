@@ -19,7 +19,9 @@ def world_has_changed(command: Command) -> bool:
     """Whether the checkpoint to continue from is cut for another number of processes than this run has; a collective."""
     if command.resume is None:
         return False
-    return agree(lambda: partitions_of(Path(command.resume))) not in (None, dist.get_world_size())
+    parts = [agree(lambda: partitions_of(Path(command.resume)) if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(parts, src=0)
+    return parts[0] not in (None, dist.get_world_size())
 
 
 def require_same_batch(command: Command, run: RunDir) -> None:

@@ -13,6 +13,9 @@ def make_run(name, steps=STEPS, **feedback):
     return {"name": name, "steps": steps, "stability": {"level": 0.5, "stabilizers": {"feedback": feedback}, "controller": CONTROLLER}}
 
 
+pytestmark = pytest.mark.slow  # the arithmetic of both arms has unit tests
+
+
 @pytest.fixture(scope="module")
 def runs(trainings, tmp_path_factory):
     first = trainings([make_run("closed"), make_run("permuted", permute=True), make_run("permuted_again", permute=True)])

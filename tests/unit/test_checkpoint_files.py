@@ -19,7 +19,7 @@ def write(folder, step=4, world_size=2):
     for name, data in CONTENT.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    parts = [files.describe_files(folder, (rank, world_size)) for rank in range(world_size)]
+    parts = [files.describe_files(folder, files.list_files(folder)[rank::world_size]) for rank in range(world_size)]
     files.write_manifest(folder, {name: entry for part in parts for name, entry in part.items()}, step, world_size)
     return folder
 
@@ -42,7 +42,7 @@ def test_what_was_written_is_whole(checkpoint):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_the_ranks_share_the_files_without_gap_or_overlap(checkpoint, ranks):
-    parts = [files.describe_files(checkpoint, (rank, ranks)) for rank in range(ranks)]
+    parts = [files.describe_files(checkpoint, files.list_files(checkpoint)[rank::ranks]) for rank in range(ranks)]
     assert sorted(name for part in parts for name in part) == sorted(CONTENT)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ds_stability.errors import PeerLostError, SkippedStepsError, StorageError, UserError
 from ds_stability.failures import cluster_failures, peer_reason, storage_reason
-from ds_stability.preemption import LOST_SIBLING, StopSignals
+from ds_stability.preemption import LOST_SIBLING
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])

@@ -308,6 +308,7 @@ class TestSlurm:
         yield
         cloudpickle.unregister_pickle_by_value(sys.modules[FakeHosts.__module__])
 
+    @pytest.mark.slow
     def test_cells_in_the_order_of_their_needs_and_a_failed_one_again(self, lab):
         arms = {"replay": {"flags": {"stability.stabilizers.feedback.replay": "{cell:arm=feedback}/metrics.jsonl", "seed": 1}},
                 "feedback": {"flags": {"seed": 0}}, "broken": {"flags": {"seed": 2}}}  # fmt: skip
