@@ -161,3 +161,25 @@ def test_what_save_total_limit_lets_go(tmp_path_factory, count, limit, best):
 def test_the_manifest_is_json_with_sorted_names(checkpoint):
     names = list(json.loads((checkpoint / files.MANIFEST).read_text())["files"])
     assert names == sorted(names) and files.MANIFEST not in names
+
+
+def test_the_old_checkpoint_is_there_until_its_successor_has_its_name(tmp_path):
+    old, new = tmp_path / "checkpoint-4", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    seen = []
+
+    def take_the_name():
+        seen.append((tmp_path / ".removing-checkpoint-4" / "file").read_text())
+        new.rename(old)
+
+    files.remove_checkpoint(old, take_the_name)
+    assert seen == ["checkpoint-4"] and (old / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_file_that_cannot_be_looked_at_is_a_fault_of_its_own(tmp_path):
+    files.write_json_atomic(tmp_path / files.MANIFEST, {"version": 1, "step": 1, "world_size": 1,
+                                                        "files": {"a" * 300: {"bytes": 1, "sha256": ""}}})  # fmt: skip
+    assert "cannot be read (File name too long)" in files.size_fault(tmp_path)

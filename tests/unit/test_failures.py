@@ -12,6 +12,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from ds_stability import siblings
+from ds_stability.console import agree
 from ds_stability.errors import PeerLostError, SkippedStepsError, StorageError, UserError
 from ds_stability.failures import cluster_failures, peer_reason, storage_reason
 from ds_stability.preemption import LOST_SIBLING
@@ -173,3 +175,27 @@ def test_a_thread_that_meets_a_full_disk_prints_no_traceback(capsys, monkeypatch
     assert capsys.readouterr().err == ""
     fail(KeyError("a bug"))
     assert "KeyError" in capsys.readouterr().err
+
+
+def test_a_full_disk_on_one_rank_is_no_mistake_of_the_user():
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/run/manifest.json")
+
+    with pytest.raises(StorageError, match="/data/run/manifest.json"):
+        agree(write)
+
+
+def test_a_file_that_is_missing_is_a_mistake_of_the_user():
+    def read():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/prompts.txt")
+
+    with pytest.raises(UserError, match="prompts.txt"):
+        agree(read)
+
+
+def test_ranks_that_were_never_seen_are_not_missed(monkeypatch):
+    monkeypatch.setattr(siblings, "_seen", {0, 2})  # rank 1 runs in a container of its own
+    monkeypatch.setattr(siblings, "_living", lambda: {0})
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert siblings.ended_ranks() == [2]

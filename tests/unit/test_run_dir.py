@@ -13,6 +13,7 @@ from ds_stability.run_dir import (
     check_output_dir,
     git_revision,
     package_versions,
+    set_aside,
     write_atomic,
     write_json_atomic,
 )
@@ -201,6 +202,31 @@ def test_a_read_only_directory_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError):
         check_output_dir(tmp_path / "a", resume=False)
+
+
+def test_a_run_that_died_early_may_start_anew_and_loses_nothing(tmp_path):
+    run = make_run(tmp_path)
+    run.metrics.write_text('{"step": 1}\n')
+    (tmp_path / "train.lock").touch()
+    check_output_dir(tmp_path, resume=False, restart=True)
+    assert set_aside(run) == tmp_path / "attempt-1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["attempt-1", "train.lock"]
+    assert sorted(path.name for path in (tmp_path / "attempt-1").iterdir()) == ["manifest.json", "metrics.jsonl"]
+    assert set_aside(run) is None  # nothing more
+    make_run(tmp_path)
+    assert set_aside(run) == tmp_path / "attempt-2"
+
+
+@pytest.mark.parametrize("name", ["train.lock", ".manifest.json.17-ab12cd34.tmp", ".saving-4", ".removing-checkpoint-4", "attempt-1"])
+def test_what_a_killed_start_leaves_behind_does_not_block_the_next_one(tmp_path, name):
+    (tmp_path / name).touch()
+    check_output_dir(tmp_path, resume=False, restart=True)
+
+
+def test_a_folder_of_something_else_is_not_started_anew_in(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="holds no run"):
+        check_output_dir(tmp_path, resume=False, restart=True)
 
 
 def test_resume_of_the_same_run(tmp_path):
