@@ -103,6 +103,7 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_no_trace(two_ranks):
         assert disturbed == []
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_number_of_ranks(two_ranks, run_distributed, tmp_path):
     # The trained weights do depend on it, so compare an untrained engine: the first probe of a frozen training.
     launch(run_distributed, tmp_path, ["llama_frozen"], ranks=1)

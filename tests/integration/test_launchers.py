@@ -117,6 +117,7 @@ def evaluated_by(output, log=""):
     return json.loads((output / "cells" / "cell" / "cell.json").read_text())["world_size"]
 
 
+@pytest.mark.slow
 def test_torchrun_with_rendezvous(place):
     port = free_port()
     out = run(*TORCHRUN, "--nnodes", 1, "--nproc_per_node", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}",
