@@ -64,6 +64,7 @@ def chain(place, folder, signals):
 
 
 def check(place, stops, results, signals):
+    assert len(stops) == len(signals) + 1  # the last one is the start that comes to the end
     for (number, whom), record in zip(signals, stops, strict=False):
         assert record["code"] == CODES.get(whom, 75), record["text"][-3000:]
         lines = [line for line in record["text"].splitlines() if line.startswith("stopped: ")]

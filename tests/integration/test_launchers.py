@@ -15,14 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import slurm as throw_away
+import tiny
+from tiny import SUITE, evaluation
 
 from ds_stability.errors import UserError
 from ds_stability.launchers import sweep_slurm
 from ds_stability.launchers.sweep_hosts import free_port
 from ds_stability.recorder import read_metrics
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import slurm as throw_away
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN, EVALUATE = REPOSITORY / "launchers" / "train.py", REPOSITORY / "eval" / "run.py"
@@ -30,11 +30,6 @@ JOBS = REPOSITORY / "launchers" / "slurm"
 BIN = Path(sys.executable).parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")  # the script of that name lies where torch was installed
 HOSTILE = "o' \"x\" $(touch pwned) `touch pwned` ;#&*"  # a folder's name
-SUITE = {
-    "name": "tiny", "batch_size": 4, "max_new_tokens": 8, "samples_per_prompt": 2, "prompts": {"count": 8, "tokens": 6},
-    "text": {"held_out_windows": 8, "train_windows": 8, "window": 32}, "minimal_pairs": {"enabled": False},
-    "synthetic": False, "bootstrap": {"resamples": 200},
-}  # fmt: skip
 #: In Python's place: writes down its arguments and does what behavior.json says for this start of the job.
 STAND_IN = """#!{python}
 import json, os, signal, sys, time
@@ -92,15 +87,7 @@ def run(*words, timeout=240, env=None, cwd=None):
 
 
 def training(place, output, steps=3):
-    return [
-        "--config_name", REPOSITORY / "ds_configs" / "models" / "gpt2_tiny.json", "--config_overrides", "n_embd=32,n_layer=1,n_head=2",
-        "--dataset_name", "builtin:synthetic", "--synthetic_tokens", "20000", "--block_size", "32", "--per_device_train_batch_size", "2",
-        "--learning_rate", "0.001", "--deepspeed", place / "ds.json", "--max_steps", steps, "--save_strategy", "no", "--output_dir", output,
-    ]  # fmt: skip
-
-
-def evaluation(place, model, output):
-    return ["--model", model, "--cell_names", "cell", "--suite", place / "suite.yaml", "--output_dir", output]
+    return tiny.training(place, output, "--save_strategy", "no", steps=steps)
 
 
 def losses(output, steps=3, world=2, log=""):

@@ -7,14 +7,13 @@ ranks; a host that is lost, or cannot be reached any more, ends the run on both 
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hosts
+import pytest
+import tiny
+from tiny import SUITE, evaluation
 
 from ds_stability.recorder import read_metrics
 from ds_stability.run_dir import RunDir
@@ -27,11 +26,6 @@ DDP_TIMEOUT = 30  # seconds; also what ranks have to find each other on a busy m
 END = 60  # seconds that survivors have after a loss, beyond the timeout of the network
 KILLED = 256 - signal.SIGKILL  # what DeepSpeed's launcher makes of a rank that SIGKILL ended; pdsh returns the greatest code
 STOPPED = 75
-SUITE = {
-    "name": "tiny", "batch_size": 4, "max_new_tokens": 8, "samples_per_prompt": 2, "prompts": {"count": 8, "tokens": 6},
-    "text": {"held_out_windows": 8, "train_windows": 8, "window": 32}, "minimal_pairs": {"enabled": False},
-    "synthetic": False, "bootstrap": {"resamples": 200},
-}  # fmt: skip
 SLOTS = [1, pytest.param(2, marks=pytest.mark.slow)]
 
 
@@ -53,16 +47,7 @@ def place(tmp_path_factory):
 
 
 def training(place, output, *more, steps=STEPS):
-    return [
-        "--config_name", REPOSITORY / "ds_configs" / "models" / "gpt2_tiny.json", "--config_overrides", "n_embd=32,n_layer=1,n_head=2",
-        "--dataset_name", "builtin:synthetic", "--synthetic_tokens", "20000", "--block_size", "32", "--per_device_train_batch_size", "2",
-        "--learning_rate", "0.001", "--deepspeed", place / "ds.json", "--max_steps", steps, "--save_steps", "2", "--output_dir", output,
-        *more,
-    ]  # fmt: skip
-
-
-def evaluation(place, model, output):
-    return ["--model", model, "--cell_names", "cell", "--suite", place / "suite.yaml", "--output_dir", output]
+    return tiny.training(place, output, "--save_steps", "2", *more, steps=steps)
 
 
 @pytest.fixture(scope="module")

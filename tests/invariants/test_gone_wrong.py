@@ -5,10 +5,10 @@ was. A covering choice of cases runs by default, all of them with `-m slow`.
 """
 
 import itertools
-import math
 
 import pytest
 import torch
+from tiny import all_finite
 
 STEPS, BAD = 5, 2  # the step that goes wrong, from 0
 FAULTS = {
@@ -46,20 +46,12 @@ def run_of(case):
             "lr": 1e-3, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}}}  # fmt: skip
 
 
-def finite(tree) -> bool:
-    if isinstance(tree, dict):
-        return all(map(finite, tree.values()))
-    if isinstance(tree, list | tuple):
-        return all(map(finite, tree))
-    return not isinstance(tree, float) or math.isfinite(tree)
-
-
 def check(case, result):
     fault, _, _, precision = case
     assert "errors" not in result, result
     skipped = result["decisions"][0]
     assert result["decisions"] == [skipped] * 2 and result["states"][0] == result["states"][1]
-    assert finite(result["history"]) and finite(result["metrics"])
+    assert all_finite(result["history"]) and all_finite(result["metrics"])
     assert all(torch.isfinite(weight).all() for weight in result["weights"].values())
     assert [step for step in range(STEPS) if skipped[step] and step != BAD] == []
     before, after = result["history"][BAD - 1], result["history"][BAD]
@@ -125,7 +117,7 @@ def test_a_step_without_any_token_changes_nothing_but_the_count(whole_steps, nam
     assert not any(result["decisions"][0]) and after["applied_steps"] == before["applied_steps"] + 1
     kept = ("moment_steps", "ema_surprisal", "ema_surprisal_sq", "histogram", "integral", "trim")
     assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
-    assert finite(result["history"]) and result["decisions"][0] == result["decisions"][1]
+    assert all_finite(result["history"]) and result["decisions"][0] == result["decisions"][1]
 
 
 def test_fp16_overflows_leave_the_controller_as_it_was(whole_steps):
@@ -138,7 +130,7 @@ def test_fp16_overflows_leave_the_controller_as_it_was(whole_steps):
             before, after = result["history"][step - 1], result["history"][step]
             assert after["stabilizers"] == before["stabilizers"] and after["measures"] == before["measures"]
             assert after["skipped_in_a_row"] == 0 and result["metrics"][step]["cross_entropy"] is not None
-    assert finite(result["history"])
+    assert all_finite(result["history"])
 
 
 def test_a_fixed_scale_that_overflows_ends_the_run_on_every_rank(whole_steps):

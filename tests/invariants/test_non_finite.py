@@ -1,9 +1,9 @@
 """Invariant 6: no non-finite number enters the controller; one on any rank makes every rank skip and count the step."""
 
-import math
 
 import pytest
 import torch
+from tiny import all_finite
 
 CONTROL = {"level": 0.5, "controller": {"warmup_steps": 1}}
 POISON = {"step": 3, "rank": 1, "value": "nan"}
@@ -40,21 +40,13 @@ def results(trainings):
     return trainings(RUNS)
 
 
-def finite(tree) -> bool:
-    if isinstance(tree, dict):
-        return all(map(finite, tree.values()))
-    if isinstance(tree, list | tuple):
-        return all(map(finite, tree))
-    return not isinstance(tree, float) or math.isfinite(tree)
-
-
 @pytest.mark.parametrize("name", [*STAGES, "level0"])
 def test_one_bad_number_on_one_rank_skips_the_step_everywhere(results, name):
     result = results[name]
     flags = [bool(row.get("skipped")) for row in result["metrics"]]
     assert flags == [False, False, False, True, False, False]
     assert result["skipped"] == 1 and result["metrics"][-1]["stability/skipped_steps"] == 1
-    assert result["state"]["applied_steps"] == 5 and finite(result["state"])
+    assert result["state"]["applied_steps"] == 5 and all_finite(result["state"])
     assert result["states"][0] == result["states"][1]
     assert all(torch.isfinite(w).all() for w in result["weights"].values())
     assert result["metrics"][3]["cross_entropy"] is None and result["metrics"][4]["cross_entropy"] is not None
@@ -81,7 +73,7 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(results):
 @pytest.mark.parametrize("name", ["masked_one", "masked_one_level0", "masked_all", "masked_all_num_items"])
 def test_a_micro_batch_without_supervised_tokens_adds_nothing(results, name):
     result = results[name]
-    assert result["skipped"] == 0 and finite(result["state"])
+    assert result["skipped"] == 0 and all_finite(result["state"])
     tokens = [row["stability/tokens"] for row in result["metrics"]]
     assert tokens[2] < tokens[1] and (tokens[2] == 0) == name.startswith("masked_all")
     assert all(torch.isfinite(w).all() for w in result["weights"].values())
