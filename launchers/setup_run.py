@@ -174,6 +174,10 @@ class RunCallback(TrainerCallback):
             if args.save_strategy == SaveStrategy.BEST:
                 control.should_evaluate = False  # Trainer would take back the wish to save
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:  # Trainer takes a stop for the end of the epoch, which it is not
+            control.should_evaluate = control.should_save = False
+
     def on_save(self, args, state, control, **kwargs):
         if self.stopped:
             self.signals.exit_code = StoppedError.exit_code
