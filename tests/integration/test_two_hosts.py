@@ -7,6 +7,7 @@ ranks; a host that is lost, or cannot be reached any more, ends the run on both 
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -190,6 +191,20 @@ def test_an_evaluation_that_loses_a_host_ends_on_both_and_goes_on(place, one_hos
             assert f"lost rank {1 - rank} on {hosts.NAMES[1 - rank]}" in line and "Traceback" not in run.rank_text(rank)
     resumed = two_hosts.run(EVALUATE, *evaluation(place, one_host(2), output))
     assert (cell / "DONE").exists(), resumed.text()
+
+
+@pytest.mark.slow
+def test_a_folder_that_one_host_does_not_see_is_refused_in_one_line(place, two_hosts):
+    """Every host has an OUTPUT_DIR of its own: the most usual mistake of a first run on several machines."""
+    own = place / "own"
+    own.mkdir()
+    mount = two_hosts.hosts[1].enter("mount", "-t", "tmpfs", "tmpfs", str(own))
+    subprocess.run(mount, check=True)
+    run = two_hosts.run(TRAIN, *training(place, own / "run"))
+    lines = errors(run, range(2))
+    assert run.process.returncode == 2 and len(lines) == 1, run.text()
+    assert "does not see what rank 0 wrote" in lines[0] and "Traceback" not in run.text()
+    assert not RunDir(own / "run").checkpoints()
 
 
 @pytest.mark.slow
