@@ -19,7 +19,14 @@ from dataclasses import dataclass, field
 import torch
 
 from ds_stability.controller import Setting
-from ds_stability.loss import CHUNK_ELEMENTS_DEFAULT, Objective, cross_entropy, token_weights
+from ds_stability.loss import (
+    CHUNK_ELEMENTS_DEFAULT,
+    Objective,
+    cross_entropy,
+    statistics_in_place,
+    token_weights,
+    view_of,
+)
 
 #: Elements of one chunk's [tokens, vocab] buffer, half of that for a half-precision head. On a CPU more than the logits
 #: path's: a chunk costs one read of the head and one read and write of its gradient, to be spread over many tokens.
@@ -150,7 +157,7 @@ class _Pass:
         """Transformed logits of some tokens and some of the vocabulary, in the first fp32 buffer."""
         hidden_CD, weight_WD = self.hidden_ND[rows], self.weight_VD[columns]
         shape = (len(hidden_CD), len(weight_WD))
-        raw_CW, logits_CW = _view(self.raw, shape), _view(self.buffers[0], shape)
+        raw_CW, logits_CW = view_of(self.raw, shape), view_of(self.buffers[0], shape)
         if self.bias_V is None:
             torch.mm(hidden_CD, weight_WD.t(), out=raw_CW)
         else:
@@ -165,31 +172,21 @@ class _Pass:
         slope_CV = spec.transform.slope(logits_CV) if wanted else 1.0
         plain = spec.objective is cross_entropy
         value_C, other_CV = (None, None) if plain else _differentiate(spec.objective, logits_CV, labels_C1.squeeze(1), wanted)
-        peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
-        shifted_CV = logits_CV.sub_(peak_C1)  # entropy of a collapsed model needs the small numbers, not lse - E[x]
-        label_C1 = shifted_CV.gather(1, labels_C1)
-        shifted_CV.clamp_(min=-200.0)  # exp() is 0 there, so the bound changes nothing but 0 * -inf (a padded vocabulary)
-        exp_CV = torch.exp(shifted_CV, out=_view(self.buffers[1], shifted_CV.shape))
-        total_C1 = exp_CV.sum(dim=-1, keepdim=True)
-        log_total_C1 = total_C1.log()
-        product_CV = shifted_CV.mul_(exp_CV)
-        entropy_C1 = log_total_C1 - product_CV.sum(dim=-1, keepdim=True) / total_C1
-        surprisal_C = (log_total_C1 - label_C1).squeeze(1)
-        high_V = spec.high_frequency_V
-        high_C = torch.mv(exp_CV, high_V.to(self.dtype)) / total_C1.squeeze(1) if high_V is not None else 0.0 * surprisal_C
+        exp_CV = view_of(self.buffers[1], logits_CV.shape)
+        values_5C, total_C1, log_total_C1 = statistics_in_place(logits_CV, exp_CV, labels_C1, spec.high_frequency_V)
+        (surprisal_C, entropy_C), product_CV = values_5C[:2], logits_CV
         weight_C = token_weights(surprisal_C, spec.setting) if weight_N is None else weight_N[rows]
-        value_C = (surprisal_C if plain else value_C) + spec.entropy_coefficient * entropy_C1.squeeze(1)
-        self.values_KN[:, rows] = torch.stack([surprisal_C, entropy_C1.squeeze(1), 1.0 / total_C1.squeeze(1),
-                                               (peak_C1 + log_total_C1).squeeze(1), high_C, weight_C, value_C])  # fmt: skip
+        value_C = (surprisal_C if plain else value_C) + spec.entropy_coefficient * entropy_C
+        self.values_KN[:5, rows], self.values_KN[5, rows], self.values_KN[6, rows] = values_5C, weight_C, value_C
         if not wanted:
             return None
         c = spec.entropy_coefficient  # d entropy / d logit = -p (log p + entropy)
-        factor_C1 = (float(plain) + c * (log_total_C1 - entropy_C1)) / total_C1
+        factor_C1 = (float(plain) + c * (log_total_C1 - entropy_C.unsqueeze(1))) / total_C1
         gradient_CV = exp_CV.mul_(factor_C1)
         if c:
             gradient_CV.sub_(product_CV.mul_(c / total_C1))
         if plain:
-            gradient_CV.scatter_add_(1, labels_C1, torch.full_like(label_C1, -1.0))
+            gradient_CV.scatter_add_(1, labels_C1, torch.full_like(total_C1, -1.0))
         else:
             gradient_CV.add_(other_CV)
         return gradient_CV if isinstance(slope_CV, float) and slope_CV == 1.0 else gradient_CV.mul_(slope_CV)
@@ -200,7 +197,7 @@ class _Pass:
         if self.grad_bias_V is not None:
             self.grad_bias_V[columns].addmv_(grad_CW.t(), weight_C1.squeeze(1))
         if self.half:
-            grad_CW = _view(self.raw, grad_CW.shape).copy_(grad_CW)
+            grad_CW = view_of(self.raw, grad_CW.shape).copy_(grad_CW)
         if self.grad_hidden_ND is not None:
             self.grad_hidden_ND[rows] += torch.mm(grad_CW, self.weight_VD[columns]).to(self.dtype) * weight_C1
         if self.grad_weight_VD is None:
@@ -240,7 +237,7 @@ class _Pass:
         spec, logits_CW = self.spec, self._logits(rows, columns)
         slope_CW = spec.transform.slope(logits_CW)
         log_p_CW = logits_CW.sub_(self.values_KN[FIELDS.index("log_partition"), rows].unsqueeze(1))
-        p_CW = torch.exp(log_p_CW, out=_view(self.buffers[1], log_p_CW.shape))
+        p_CW = torch.exp(log_p_CW, out=view_of(self.buffers[1], log_p_CW.shape))
         if spec.entropy_coefficient:
             entropy_C1 = self.values_KN[FIELDS.index("entropy"), rows].unsqueeze(1)
             log_p_CW.clamp_(min=-200.0).add_(entropy_C1).mul_(-spec.entropy_coefficient).add_(1.0)
@@ -248,10 +245,6 @@ class _Pass:
         inside_C1 = (labels_C1 >= columns.start) & (labels_C1 < columns.stop)
         p_CW.scatter_add_(1, (labels_C1 - columns.start).clamp(0, columns.stop - columns.start - 1), -inside_C1.to(p_CW.dtype))
         return p_CW if isinstance(slope_CW, float) and slope_CW == 1.0 else p_CW.mul_(slope_CW)
-
-
-def _view(buffer, shape) -> torch.Tensor:
-    return buffer[: shape[0] * shape[1]].view(shape)
 
 
 def _differentiate(objective, logits_CV, labels_C, wanted: bool):
