@@ -9,8 +9,13 @@ backward is [tokens, hidden] and [vocab, hidden], the latter in the head's own d
 
 Half precision computes the logits once more, block of the vocabulary by block, see `_Pass`: it is faster and smaller there.
 
-Memory beyond that: two fp32 buffers of one chunk (three with a soft-cap; one more of half precision). Like Liger's fused linear cross-entropy (arXiv 2410.10989) this divides
-nothing by the token count, so that `grad_output` alone scales, and fp16 neither under- nor overflows.
+Memory beyond that: two fp32 buffers of one chunk (three with a soft-cap; one more of half precision). Like Liger's fused
+linear cross-entropy (arXiv 2410.10989) this divides nothing by the token count, so that `grad_output` alone scales, and fp16
+neither under- nor overflows.
+
+The products are torch.mm in the head's dtype, as the model's own head would be: in fp32 with full precision unless
+torch.backends.cuda.matmul.allow_tf32 is set; in bf16 and fp16 with fp32 accumulation inside a product, up to
+allow_bf16_reduced_precision_reduction.
 """
 
 from collections.abc import Callable
@@ -32,6 +37,8 @@ from ds_stability.loss import (
 #: path's: a chunk costs one read of the head and one read and write of its gradient, to be spread over many tokens.
 CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_TOKENS_MIN = 64
+#: On CUDA the buffers get this share of the device's memory, and a chunk no more tokens than keep its matrix units busy.
+CUDA_SHARE, CUDA_TOKENS_MAX = 64, 512
 #: Tokens of one tile of a half-precision gradient; its columns fill the chunk's buffer.
 TILE_TOKENS = 512
 HALF = (torch.float16, torch.bfloat16)
@@ -93,12 +100,16 @@ class Tokens:
 
 
 def chunk_tokens(hidden_ND: torch.Tensor, vocab: int, chunk_size: int | None) -> int:
-    """Tokens per chunk: `chunk_size`, else equal chunks of at most a fixed number of elements."""
+    """Tokens per chunk: `chunk_size`, else equal chunks from the vocabulary and the device's memory; no host sync."""
     tokens = max(1, hidden_ND.shape[0])
     if chunk_size:
         return min(chunk_size, tokens)
-    elements = CHUNK_ELEMENTS.get(hidden_ND.device.type, CHUNK_ELEMENTS_DEFAULT)
-    most = max(CHUNK_TOKENS_MIN, elements // (2 if hidden_ND.dtype in HALF else 1) // vocab)
+    half, most = hidden_ND.dtype in HALF, tokens
+    elements = CHUNK_ELEMENTS.get(hidden_ND.device.type, CHUNK_ELEMENTS_DEFAULT) // (2 if half else 1)
+    if hidden_ND.device.type == "cuda":  # two fp32 buffers, one more of half precision
+        memory = torch.cuda.get_device_properties(hidden_ND.device).total_memory
+        elements, most = memory // CUDA_SHARE // (10 if half else 8), CUDA_TOKENS_MAX
+    most = min(max(CHUNK_TOKENS_MIN, elements // vocab), most)
     return -(-tokens // -(-tokens // most))
 
 

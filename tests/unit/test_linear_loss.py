@@ -1,6 +1,7 @@
 """Oracles: the law on full fp64 logits with plain autograd, finite differences."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,3 +276,15 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
             loss, _, _ = linear_loss(hidden, weight, bias, targets, LossSpec(SETTING, objective, chunk_size=16))
             torch.autograd.grad(loss, (hidden, weight, bias))
         assert mode.seen <= max(500 * HIDDEN, 500 * len(module.FIELDS)) < 500 * VOCAB
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "vocab", "gib", "wanted"),
+    [(torch.bfloat16, 8192, 151_936, 80, 512), (torch.float32, 2048, 151_936, 16, 205), (torch.bfloat16, 100, 2048, 80, 100),
+     (torch.bfloat16, 4096, 256_000, 1, 64)],
+)  # fmt: skip
+def test_chunks_on_cuda_are_chosen_from_its_memory(monkeypatch, dtype, tokens, vocab, gib, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30))
+    hidden = SimpleNamespace(shape=(tokens, 4), device=SimpleNamespace(type="cuda"), dtype=dtype)
+    assert module.chunk_tokens(hidden, vocab, None) == wanted
+    assert module.chunk_tokens(hidden, vocab, 7) == 7
