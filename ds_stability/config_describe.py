@@ -136,7 +136,7 @@ def _problem_line(problem: Any, model: type[BaseModel], source: str) -> str:
     loc, dotted = _without_kinds(loc, model)
     path = key_path(loc, source)
     if problem["type"] in ("extra_forbidden", "invalid_key"):
-        return _unknown_key_line(path, dotted, given, known)
+        return _unknown_key_line(path, _without_kinds(problem["loc"][:-1], model)[1], str(loc[-1]), given, known)
     if problem["type"] == "value_error":  # an InvalidValue of ours, which knows more than pydantic does
         cause = problem["ctx"]["error"]
         path, given, allowed = path + cause.where, cause.given, cause.allowed
@@ -165,8 +165,7 @@ def _keys_below(section: str, known: dict[str, KeyInfo]) -> list[str]:
     return list(dict.fromkeys([*(["name"] if "(" in section else []), *names]))
 
 
-def _unknown_key_line(path: str, dotted: str, given: object, known: dict[str, KeyInfo]) -> str:
-    section, _, key = dotted.rpartition(".")
+def _unknown_key_line(path: str, section: str, key: str, given: object, known: dict[str, KeyInfo]) -> str:
     siblings = _keys_below(section, known)
     guess = did_you_mean(key, siblings)
     if guess is None:  # the right key in the wrong place

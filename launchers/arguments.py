@@ -23,7 +23,7 @@ from ds_stability.data.tokenizer import MIN_BPE_VOCABULARY
 from ds_stability.deepspeed_config import load_ds_config, section
 from ds_stability.errors import UserError
 from ds_stability.run_dir import RunDir, check_output_dir
-from ds_stability.safe_read import read_yaml
+from ds_stability.safe_read import parse_json, read_yaml
 from ds_stability.schedule import parse_level_flag
 from ds_stability.stabilizers.feedback import read_gains
 
@@ -85,6 +85,9 @@ class StabilityArguments:
     )
     stability_loss_path: str | None = field(
         default=None, metadata={"help": "stock or chunked: the loss path, where a level-0 run is to match chunked ones"}
+    )
+    stability_objective: str | None = field(
+        default=None, metadata={"help": "what is optimized: a name such as gem, or JSON such as {\"name\": \"focal\", \"gamma\": 1}"}
     )
     high_frequency_file: str | None = field(
         default=None, metadata={"help": "high_frequency.json of another run, used as this run's high-frequency set"}
@@ -238,6 +241,8 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     block = stability.to_dict()
     if flags.stability_loss_path is not None:
         block["loss_path"] = flags.stability_loss_path
+    if flags.stability_objective is not None:
+        block["objective"] = _objective(flags.stability_objective)
     if flags.high_frequency_file is not None:
         block["statistics"]["high_frequency_file"] = flags.high_frequency_file
     stability = StabilityConfig.parse(block)
@@ -250,10 +255,23 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     file = stability.statistics.high_frequency_file
     if file is not None and not os.path.isfile(file):
         raise UserError(f"--high_frequency_file {file}: no such file")
+    reference = stability.alarm.reference_file
+    if stability.alarm.action != "off" and reference is not None and not os.path.isfile(reference):
+        raise UserError(f"stability.alarm.reference_file {reference}: no such file")
     feedback = stability.families.get("feedback")
     if feedback is not None and feedback.replay is not None:
         read_gains(feedback.replay)
     return ds_config, stability
+
+
+def _objective(flag: str) -> Any:
+    """The section that --stability_objective stands for: JSON as it is, a bare word as the name."""
+    if not flag.lstrip().startswith("{"):
+        return {"name": flag}
+    try:
+        return parse_json(flag)
+    except ValueError as error:
+        raise UserError(f"--stability_objective {flag}: is no JSON ({error}); give a name, or {{\"name\": ...}}") from None
 
 
 def _follow_ds_config(training: dict[str, Any], ds_config: dict[str, Any], given: set[str]) -> None:
@@ -293,7 +311,7 @@ def _check_loss_flags(training: dict[str, Any]) -> None:
     for flag in ("label_smoothing_factor", "use_liger_kernel"):
         if training[flag]:
             raise UserError(f"--{flag} {training[flag]} takes the loss away from the model, where the stability level acts; "
-                            "leave it out (smoothing: stability.stabilizers.regularization.kind label_smoothing)")  # fmt: skip
+                            "leave it out (smoothing: stability.objective label_smoothing)")  # fmt: skip
 
 
 def _data_spec(data: DataArguments) -> DataSpec:

@@ -70,8 +70,8 @@ def entropy_regularized(coefficient: float) -> Objective:
 def gem(beta: float, h: str) -> Objective:
     """sum_j q_j h'_j (log p_j - log p_label), q = softmax(logits / beta) and h' without gradient.
 
-    h' is 1 (linear) or sigmoid(.01 (logit_j - logit_label)) (logsigmoid): Li et al. 2025, arXiv 2408.16673, Algorithm 1 and
-    its public code. With h linear the gradient in the logits is q - onehot(label).
+    h' is 1 (linear) or sigmoid(.01 (logit_j - logit_label)) (logsigmoid): Li et al. 2025, arXiv 2408.16673,
+    as its public code has it. With h linear the gradient in the logits is q - onehot(label).
     """
 
     def objective(logits_CV, labels_C):

@@ -1,7 +1,7 @@
 """Unlikelihood training (Welleck et al. 2020, arXiv 1908.04319): -log(1 - p(c)) for tokens c that should not come.
 
-Token level (section 5.1): c runs over the tokens that the document had before, without the label. Sequence level (section
-5.2): the model goes on from a prefix, and its own tokens that complete an n-gram for the second time are penalized.
+Token level: c runs over the tokens that the document had before, without the label. Sequence level: the model goes on from
+a prefix, and its own tokens that lie in an n-gram it has written before are penalized.
 Shape suffixes: B sequences, T positions, N tokens of the micro-batch, C tokens of a chunk, V vocabulary.
 """
 
@@ -69,7 +69,7 @@ def sequence_level(repeated_BT: torch.Tensor) -> RowObjective:
 
 
 def repeated_ngrams(tokens_BT: torch.Tensor, n: int) -> torch.Tensor:
-    """Bool [B, T]: tokens in an n-gram of the same row that has occurred before (equation 9: every token of it)."""
+    """Bool [B, T]: tokens in an n-gram of the same row that has occurred before: every token of that n-gram, as in the paper's code."""
     repeated_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
     for row, tokens in enumerate(tokens_BT.tolist()):
         seen = set()

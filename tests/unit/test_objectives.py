@@ -183,7 +183,7 @@ def test_limits_that_meet_cross_entropy():
     same = (token.focal(0.0), token.label_smoothing(0.0), token.tofu(0.0, 1.0), token.entropy_regularized(0.0))
     for objective in same:
         torch.testing.assert_close(objective(logits, labels), ce)
-    # GEM at beta 1 has the gradient of cross-entropy (section 4.2 of its paper: beta 1 is no entropy regularization).
+    # GEM at beta 1 has another value, and the gradient of cross-entropy.
     torch.testing.assert_close(gradient(token.gem(1.0, "linear"), logits, labels), gradient(cross_entropy, logits, labels))
 
 
@@ -230,7 +230,7 @@ def whole(ids):
     return MicroBatch(ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool))
 
 
-def test_token_level_is_equation_4_in_any_chunks():
+def test_token_level_is_its_formula_in_any_chunks():
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(0, VOCAB, (2, 5), generator=generator)
     logits, labels = 2 * torch.randn(10, VOCAB, generator=generator), torch.randint(0, VOCAB, (10,), generator=generator)
