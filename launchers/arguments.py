@@ -22,8 +22,9 @@ from ds_stability.data import DataSpec
 from ds_stability.data.tokenizer import MIN_BPE_VOCABULARY
 from ds_stability.deepspeed_config import load_ds_config, section
 from ds_stability.errors import UserError
+from ds_stability.objectives.config import parse_objective_flag
 from ds_stability.run_dir import RunDir, check_output_dir
-from ds_stability.safe_read import parse_json, read_yaml
+from ds_stability.safe_read import read_yaml
 from ds_stability.schedule import parse_level_flag
 from ds_stability.stabilizers.feedback import read_gains
 
@@ -242,7 +243,7 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     if flags.stability_loss_path is not None:
         block["loss_path"] = flags.stability_loss_path
     if flags.stability_objective is not None:
-        block["objective"] = _objective(flags.stability_objective)
+        block["objective"] = parse_objective_flag(flags.stability_objective)
     if flags.high_frequency_file is not None:
         block["statistics"]["high_frequency_file"] = flags.high_frequency_file
     stability = StabilityConfig.parse(block)
@@ -262,16 +263,6 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     if feedback is not None and feedback.replay is not None:
         read_gains(feedback.replay)
     return ds_config, stability
-
-
-def _objective(flag: str) -> Any:
-    """The section that --stability_objective stands for: JSON as it is, a bare word as the name."""
-    if not flag.lstrip().startswith("{"):
-        return {"name": flag}
-    try:
-        return parse_json(flag)
-    except ValueError as error:
-        raise UserError(f"--stability_objective {flag}: is no JSON ({error}); give a name, or {{\"name\": ...}}") from None
 
 
 def _follow_ds_config(training: dict[str, Any], ds_config: dict[str, Any], given: set[str]) -> None:

@@ -1,11 +1,13 @@
 """The `objective` key of the stability block: one section per objective, told apart by `name`. No torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from ds_stability.config_describe import Section
 from ds_stability.config_errors import InvalidValue
+from ds_stability.errors import StabilityConfigError
+from ds_stability.safe_read import parse_json
 
 #: Objectives that need the tokens before, a reference model or generated text: the engine prepares each micro-batch.
 PREPARED = ("unlikelihood_token", "unlikelihood_sequence", "reverse_kl")
@@ -86,3 +88,17 @@ class ReverseKL(Section):
 
 Objectives = (CrossEntropy | LabelSmoothing | Focal | Tofu | EntropyRegularized | Gem | UnlikelihoodToken
               | UnlikelihoodSequence | ReverseKL)  # fmt: skip
+
+
+def parse_objective_flag(text: str) -> Any:
+    """The section that --stability_objective stands for: JSON as it is, a bare word as the name.
+
+    Raises:
+        StabilityConfigError: it begins as JSON does, and is none.
+    """
+    if not text.lstrip().startswith("{"):
+        return {"name": text}
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise StabilityConfigError(f'--stability_objective {text}: is no JSON ({error}); give a name, or {{"name": ...}}') from None
