@@ -170,8 +170,7 @@ class Stability:
         for stabilizer in self.stabilizers.values():
             stabilizer.prepare(self.applied_steps, self.loss)
         self.own_text = self.preparation is not None and self.preparation.on_own_text(self.engine.global_steps)
-        if self.own_text:
-            self.loss.measure, self.loss.setting = False, Setting()
+        self.loss.measure &= not self.own_text
 
     def before_forward(self, inputs: dict) -> dict:
         """The keyword arguments with which a training forward is to run; called with those that it was given."""
@@ -179,6 +178,8 @@ class Stability:
             self.alarm.watch(inputs)
         if self.preparation is None:
             return inputs
+        if self.own_text:
+            self.loss.setting = Setting()  # weights of 1
         inputs, objective = self.preparation.prepare(self.engine, inputs, self.own_text)
         self.loss.base_objective = objective
         penalized = self.regularization is not None and not self.own_text
