@@ -29,6 +29,18 @@ CHUNK_ELEMENTS_DEFAULT = 2**24
 COUNT_TOKENS = 4096
 
 
+class RowObjective:
+    """The objective of one micro-batch of `count` tokens: `at(rows)` is that of the tokens `rows`, a slice or indices."""
+
+    def __init__(self, at: Callable[..., Objective], count: int):
+        self.at, self.count = at, count
+
+
+def objective_at(objective: Objective | RowObjective, rows) -> Objective:
+    """The function for the tokens `rows` (a slice or indices) of the micro-batch."""
+    return objective.at(rows) if isinstance(objective, RowObjective) else objective
+
+
 def cross_entropy(logits_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
     """-log softmax(logits)[label], nats, shape [C]."""
     return F.cross_entropy(logits_CV, labels_C, reduction="none")
@@ -139,7 +151,8 @@ class _WeightedLoss(torch.autograd.Function):
         scaled_N = coefficient_N * grad_output.float()
         for start in range(0, logits_NV.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            grad_NV[rows] = _chunk_gradient(logits_NV[rows], labels_N[rows], scaled_N[rows], ctx.objective)
+            objective = objective_at(ctx.objective, rows)
+            grad_NV[rows] = _chunk_gradient(logits_NV[rows], labels_N[rows], scaled_N[rows], objective)
         return grad_NV, None, None, None, None, None, None
 
 
@@ -166,7 +179,8 @@ class StabilityLoss:
 
     Attributes:
         setting: gain, mu, sigma and mean weight of the coming step (set by the engine before each step).
-        objective: per-token objective of the coming step.
+        base_objective: per-token objective of the run, or of the coming micro-batch.
+        objective: what is optimized next: the same, with what regularization adds.
         measure: False lets the stock path skip its statistics in this step (`statistics.interval`).
         high_frequency_V: fp32 0/1 mask, or None.
         permutation_step: the applied step that seeds a permutation of the weights (a control experiment), or None for none.
@@ -178,7 +192,9 @@ class StabilityLoss:
 
     def __init__(self, module: torch.nn.Module, stock: Callable, chunked: bool, device, chunk_size: int | None = None):
         self.module, self.stock, self.chunked, self.chunk_size = module, stock, chunked, chunk_size
-        self.setting, self.objective, self.measure = Setting(), cross_entropy, True
+        self.setting, self.measure = Setting(), True
+        self.base_objective: Objective | RowObjective = cross_entropy
+        self.objective: Objective | RowObjective = cross_entropy
         self.high_frequency_V: torch.Tensor | None = None
         self.train, self.evaluation = TokenAccumulator(device), TokenAccumulator(device)
         self.forwards = self.backwards = 0
@@ -240,6 +256,11 @@ class StabilityLoss:
         return loss
 
     def _weighted(self, logits_NV, targets_N, num_items_in_batch, ignore_index):
+        if isinstance(self.objective, RowObjective) and self.objective.count != logits_NV.shape[0]:
+            raise StabilityConfigError(
+                f"stability.objective was made for {self.objective.count} tokens and the model gives logits of {logits_NV.shape[0]}; "
+                "such an objective needs the logits of all positions (no virtual tokens, no sequence parallelism)"
+            )
         weighted_N = self._record(self.train, logits_NV.detach(), targets_N, ignore_index, keep=True)
         mask_N = targets_N != ignore_index
         tokens = mask_N.sum()
@@ -321,7 +342,8 @@ class StabilityLoss:
             rows = slice(start, start + chunk)
             values_5N[:, rows] = token_statistics(logits_NV[rows], labels_N[rows], self.high_frequency_V, buffers)
             if keep and self.objective is not cross_entropy:
-                objectives.append(self.objective(logits_NV[rows].float(), labels_N[rows]))
+                function = objective_at(self.objective, rows)
+                objectives.append(function(logits_NV[rows].float(), labels_N[rows]))
         value_N = torch.cat(objectives) if objectives else values_5N[0]
         weight_N = token_weights(values_5N[0], self.setting) if keep else torch.ones_like(value_N)
         loss_N = weight_N.double() / self.setting.mean_weight * value_N if keep else value_N

@@ -13,14 +13,15 @@ from deepspeed import comm as dist
 from ds_stability.collective import reduce_step, require_equal
 from ds_stability.config import StabilityConfig
 from ds_stability.console import agree
-from ds_stability.controller import FeedbackController
+from ds_stability.controller import FeedbackController, Setting
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
 from ds_stability.gradients import reduced_gradients, squared_norm
 from ds_stability.histogram import NUM_BINS
-from ds_stability.loss import StabilityLoss
+from ds_stability.loss import StabilityLoss, cross_entropy
 from ds_stability.measures import StabilityMeasures
 from ds_stability.noise import MicroGradientMeter
+from ds_stability.objectives.build import Preparation, token_objective
 from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.clipping import Clipping
@@ -51,6 +52,9 @@ class Stability:
         recorder: the run's `Recorder` on rank 0 where an integration made one, else None.
         probe: the `Probe` that an integration runs at its interval, or None.
         high_frequency_ids: the high-frequency set, or None.
+        alarm: the `Alarm` that an integration asks after each probe, or None.
+        preparation: what the objective does before each training micro-batch, or None.
+        own_text: whether the coming step trains on generated text: its tokens enter no statistic and have weight 1.
         feedback, clipping, averaging, regularization: the stabilizers; None where absent.
     """
 
@@ -66,6 +70,10 @@ class Stability:
         self.meter = UpdateMeter(self.config.statistics.update_ratio_interval, self.device)
         self.hooks = OptimizerHooks(self.gradients, self.averaging, self.regularization, self.meter)
         self.loss = self._install_loss(model, engine)
+        self.preparation, self.own_text = None, False
+        if self.loss is not None:
+            self.loss.base_objective = self.loss.objective = token_objective(self.config.objective)
+            self.preparation = Preparation(self.config.objective, engine) if self.config.prepares_batches else None
         self.high_frequency_ids: list[int] | None = None
         self.measured = False  # whether the step being closed has token statistics
         self._load_high_frequency(model)
@@ -78,7 +86,7 @@ class Stability:
         self.stop_wish: Callable[[], bool] = lambda: False
         self.stop_requested = False
         self.listeners: list[Callable[[int, dict], None]] = []
-        self.recorder = self.probe = None
+        self.recorder = self.probe = self.alarm = None
         self.started = time.perf_counter()
         self._prepare()
 
@@ -176,8 +184,26 @@ class Stability:
         if self.loss is None:
             return
         self.loss.measure = self.applied_steps % self.config.statistics.interval == 0
+        if self.preparation is not None:  # the last micro-batch's objective may hold reference logits
+            self.loss.base_objective = self.loss.objective = cross_entropy
         for stabilizer in self.stabilizers.values():
             stabilizer.prepare(self.applied_steps, self.loss)
+        self.own_text = self.preparation is not None and self.preparation.on_own_text(self.engine.global_steps)
+        self.loss.measure &= not self.own_text
+
+    def before_forward(self, inputs: dict) -> dict:
+        """The keyword arguments with which a training forward is to run; called with those that it was given."""
+        if self.alarm is not None:
+            self.alarm.watch(inputs)
+        if self.preparation is None:
+            return inputs
+        if self.own_text:
+            self.loss.setting = Setting()  # weights of 1
+        inputs, objective = self.preparation.prepare(self.engine, inputs, self.own_text)
+        self.loss.base_objective = objective
+        penalized = self.regularization is not None and not self.own_text
+        self.loss.objective = self.regularization.around(objective) if penalized else objective
+        return inputs
 
     def reduce(self) -> StepSums:
         """Pack this rank's sums, reduce them over all ranks, and start the accumulators anew."""
@@ -185,6 +211,8 @@ class Stability:
         if self.loss is not None:
             self.measured = self.loss.measure and self.loss.forwards > 0
             self.loss.require_used()
+            if self.own_text:
+                self.loss.train.reset()
             tokens = self.loss.train.vector()
             self.loss.train.reset()
         count = len(TOKEN_FIELDS)
@@ -371,7 +399,7 @@ def has_pretrained_weights(model) -> bool:
 
 def _training_part(block: dict) -> dict:
     """The block without what only looks on: a run may be resumed with another probe."""
-    return {key: value for key, value in block.items() if key not in ("probe", "max_skipped_steps")}
+    return {key: value for key, value in block.items() if key not in ("probe", "alarm", "max_skipped_steps")}
 
 
 def _difference(old: dict, new: dict, path: str = "stability") -> str:

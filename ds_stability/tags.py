@@ -72,7 +72,15 @@ _PROBE = {
     "seq_rep_4": Tag("0..1", "mean over texts of 1 - distinct/all 4-grams", "probe; Welleck et al. 2020, arXiv 1908.04319", "repetition inside a text"),
     "distinct_2": Tag("0..1", "distinct/all bigrams, pooled, never across texts", "probe; Li et al. 2016, arXiv 1510.03055", "diversity over the prompts; compare at equal token counts only"),
     "high_frequency_share": Tag("0..1", "tokens in the high-frequency set / tokens", "probe", "natural text is at .5 by construction; specials excluded"),
+    "end_rate": Tag("0..1", "texts that ended by an end token / texts", "probe", "the others ran into max_new_tokens"),
 }  # fmt: skip
+_ALARMS = {
+    "eos_masked": "the end token is never a label",
+    "no_document_ends": "the training tokens hold no end token",
+    "padding_supervised": "far more end tokens among the labels than the text has",
+    "collapse": "the samples are too sure, too repetitive or too common",
+    "spread": "the samples are less certain than the reference text",
+}
 _EVALUATED = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
 _DECODINGS = {"sample": "pure sampling at temperature 1", "greedy": "greedy decoding"}
 
@@ -82,6 +90,10 @@ for _name in _EVALUATED:
 for _decoding, _words in _DECODINGS.items():
     for _name, _tag in _PROBE.items():
         TAGS[f"probe/{_decoding}/{_name}"] = _tag._replace(meaning=f"{_tag.meaning} ({_words})")
+for _name, _words in _ALARMS.items():
+    TAGS[f"alarm/{_name}"] = Tag("0/1", "decision table of alarm.py, with patience", "alarm", f"1 while the alarm holds: {_words}")
+TAGS["alarm/reference_cross_entropy"] = Tag("nats", "mean(s)", "alarm", "of the model on pieces of the reference text")
+TAGS["alarm/reference_entropy"] = Tag("nats", "mean(H)", "alarm", "predictive entropy of the model on the same pieces")
 
 
 def is_known(key: str) -> bool:

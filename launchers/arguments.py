@@ -22,6 +22,7 @@ from ds_stability.data import DataSpec
 from ds_stability.data.tokenizer import MIN_BPE_VOCABULARY
 from ds_stability.deepspeed_config import load_ds_config, section
 from ds_stability.errors import UserError
+from ds_stability.objectives.config import parse_objective_flag
 from ds_stability.run_dir import RunDir, check_output_dir
 from ds_stability.safe_read import read_yaml
 from ds_stability.schedule import parse_level_flag
@@ -85,6 +86,9 @@ class StabilityArguments:
     )
     stability_loss_path: str | None = field(
         default=None, metadata={"help": "stock, chunked or linear: the loss path; linear makes a level-0 run match those above 0"}
+    )
+    stability_objective: str | None = field(
+        default=None, metadata={"help": "what is optimized: a name such as gem, or JSON such as {\"name\": \"focal\", \"gamma\": 1}"}
     )
     high_frequency_file: str | None = field(
         default=None, metadata={"help": "high_frequency.json of another run, used as this run's high-frequency set"}
@@ -238,6 +242,8 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     block = stability.to_dict()
     if flags.stability_loss_path is not None:
         block["loss_path"] = flags.stability_loss_path
+    if flags.stability_objective is not None:
+        block["objective"] = parse_objective_flag(flags.stability_objective)
     if flags.high_frequency_file is not None:
         block["statistics"]["high_frequency_file"] = flags.high_frequency_file
     stability = StabilityConfig.parse(block)
@@ -250,6 +256,9 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     file = stability.statistics.high_frequency_file
     if file is not None and not os.path.isfile(file):
         raise UserError(f"--high_frequency_file {file}: no such file")
+    reference = stability.alarm.reference_file
+    if stability.alarm.action != "off" and reference is not None and not os.path.isfile(reference):
+        raise UserError(f"stability.alarm.reference_file {reference}: no such file")
     feedback = stability.families.get("feedback")
     if feedback is not None and feedback.replay is not None:
         read_gains(feedback.replay)
@@ -293,7 +302,7 @@ def _check_loss_flags(training: dict[str, Any]) -> None:
     for flag in ("label_smoothing_factor", "use_liger_kernel"):
         if training[flag]:
             raise UserError(f"--{flag} {training[flag]} takes the loss away from the model, where the stability level acts; "
-                            "leave it out (smoothing: stability.stabilizers.regularization.kind label_smoothing)")  # fmt: skip
+                            "leave it out (smoothing: stability.objective label_smoothing)")  # fmt: skip
 
 
 def _data_spec(data: DataArguments) -> DataSpec:

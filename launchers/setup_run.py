@@ -17,8 +17,10 @@ from ds_stability import engine_of
 from ds_stability.checkpoint_files import remove_remains
 from ds_stability.console import agree
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
+from ds_stability.data.packing import IGNORE
 from ds_stability.data.tokenizer import tokenizer_hash
-from ds_stability.errors import StoppedError, UserError
+from ds_stability.errors import AlarmStoppedError, StoppedError, UserError
+from ds_stability.integrations.alarm import Alarm, blocks_of_file
 from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
 from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
 from ds_stability.launchers.world_size import require_same_batch
@@ -161,18 +163,34 @@ class RunCallback(TrainerCallback):
             prompts = agree(lambda: self._prompts(config))
             engine.stability.probe = agree(lambda: Probe(engine, self.tokenizer, config, self.frequent.token_ids, self.run,
                                                          prompts, seed=args.seed))  # fmt: skip
+            if self.command.stability.alarm.action != "off":
+                engine.stability.alarm = agree(lambda: self._alarm(engine.stability.probe))
+
+    def _alarm(self, probe: Probe) -> Alarm:
+        path, size = self.command.stability.alarm.reference_file, self.command.data.block_size
+        if path is not None:
+            return Alarm(probe, blocks_of_file(path, self.tokenizer, size), self._prompt_length())
+        texts = (block["input_ids"].tolist() for block in self.blocks if (block["labels"] != IGNORE).any())
+        return Alarm(probe, texts, self._prompt_length())
+
+    def _prompt_length(self) -> int:
+        return max(1, min(PROMPT_TOKENS, self.command.data.block_size // 2))
 
     def _prompts(self, config) -> list[list[int]]:
         if config.prompts_file is not None:
             return prompts_from_file(config.prompts_file, self.tokenizer, config.num_prompts)
-        length = max(1, min(PROMPT_TOKENS, self.command.data.block_size // 2))
         blocks = (block["input_ids"].tolist() for block in self.blocks)
-        return prompts_from_blocks(blocks, config.num_prompts, length)
+        return prompts_from_blocks(blocks, config.num_prompts, self._prompt_length())
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the alarm ends the run."""
+        return self.engine.stability.alarm is not None and self.engine.stability.alarm.stop
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             control.should_evaluate |= self.evaluate_last  # the last step's line holds the final held-out figures
-        elif self.engine.stability.stop_requested:
+        elif self.engine.stability.stop_requested or self.alarmed:
             self.stopped = control.should_save = control.should_training_stop = True
             if args.save_strategy == SaveStrategy.BEST:
                 control.should_evaluate = False  # Trainer would take back the wish to save
@@ -183,7 +201,7 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.stopped:
-            self.signals.exit_code = StoppedError.exit_code
+            self.signals.exit_code = (AlarmStoppedError if self.alarmed else StoppedError).exit_code
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluated_at = state.global_step

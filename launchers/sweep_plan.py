@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import UserError
+from ds_stability.objectives.config import parse_objective_flag
 from ds_stability.launchers.sweep_values import (
     BLOCK,
     BLOCK_FLAGS,
@@ -220,6 +221,8 @@ class _Planner:
             if key == "stability_level" and isinstance(value, str):
                 level = parse_level_flag(value)
                 value = level if isinstance(level, float) else [list(point) for point in level]
+            if BLOCK_FLAGS.get(key, key) == "stability.objective" and isinstance(value, str):
+                value = parse_objective_flag(value)
             items = flatten("stability", value) if key == "stability" else {BLOCK_FLAGS.get(key, key): value}
             for name, item in items.items():
                 if name in values:

@@ -9,8 +9,9 @@ DeepSpeed config; the flag replaces it. On a machine without GPUs set DS_ACCELER
 
 Writes OUTPUT_DIR/{manifest.json, metrics.jsonl, tensorboard/, samples/, checkpoint-N/, high_frequency.json, final/, DONE}.
 Success is the file DONE. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 3 too many steps in a
-row had numbers that were not finite, 69 another rank or host was lost, 74 the file system failed, 75 stopped by SIGTERM or
-SIGUSR1 with a checkpoint saved. After the last three, start again with --resume_from_checkpoint auto.
+row had numbers that were not finite, 4 stopped by the alarm with a checkpoint saved, 69 another rank or host was lost,
+74 the file system failed, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved. After the last three, start again with
+--resume_from_checkpoint auto.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from ds_stability import engine_of  # noqa: E402
 from ds_stability.data import load_blocks  # noqa: E402
 from ds_stability.data.frequency import FILE_NAME  # noqa: E402
 from ds_stability.data.packing import IGNORE, pad_to_multiple  # noqa: E402
-from ds_stability.errors import StoppedError, UserError  # noqa: E402
+from ds_stability.errors import AlarmStoppedError, StoppedError, UserError  # noqa: E402
 from ds_stability.export import check_exportable, export_model  # noqa: E402
 from ds_stability.failures import cluster_failures, gather_hosts  # noqa: E402
 from ds_stability.gathered import base_model  # noqa: E402
@@ -192,7 +193,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     """The run, within the process group: data, model, training, export.
 
     Raises:
-        StoppedError: a signal stopped it; a checkpoint of the last step is saved.
+        StoppedError: a signal or the alarm stopped it; a checkpoint of the last step is saved.
     """
     keeps_cache = config.get_text_config().use_cache
     command = dataclasses.replace(command, resume=checkpoint_to_load(command))
@@ -225,6 +226,10 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         checkpoint = os.fspath(convert_checkpoint(command))
         trainer.add_callback(LoadedOnce(checkpoint))
     trainer.train(resume_from_checkpoint=checkpoint)
+    if callback.stopped and callback.alarmed:
+        alarm = engine_of(trainer.model).stability.alarm
+        raise AlarmStoppedError(f"by the alarm at {alarm.said}; step {trainer.state.global_step} is saved in "
+                                f"{run.checkpoint(trainer.state.global_step)}")  # fmt: skip
     if callback.stopped:
         raise StoppedError(f"by {signals.received or 'a signal to another rank'} after step {trainer.state.global_step}, which is "
                            f"saved in {run.checkpoint(trainer.state.global_step)}; --resume_from_checkpoint auto goes on from it")

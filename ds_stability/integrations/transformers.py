@@ -25,6 +25,7 @@ from ds_stability.config import split_config
 from ds_stability.console import agree
 from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import StabilityConfigError
+from ds_stability.integrations.alarm import alarm_from_file
 from ds_stability.probe import Probe, prompts_from_file
 from ds_stability.recorder import Recorder
 from ds_stability.run_dir import RunDir
@@ -155,11 +156,17 @@ class StabilityCallback(TrainerCallback):
         stability = self.engine.stability if self.engine is not None else None
         if stability is not None and stability.probe is None and stability.config.probe.interval > 0:
             stability.probe = agree(lambda: _make_probe(self.engine, processing_class, args))
+            if stability.config.alarm.action != "off":
+                stability.alarm = agree(lambda: alarm_from_file(stability.probe))
 
     def on_step_end(self, args, state, control, **kwargs):
         stability = self.engine.stability if self.engine is not None else None
         if stability is not None and stability.probe is not None and stability.probe.due(state.global_step):
             values = stability.probe.run(state.global_step)  # on every rank
+            if stability.alarm is not None and values:
+                values |= stability.alarm.check(state.global_step, values)
+                if stability.alarm.stop:
+                    control.should_save = control.should_training_stop = True
             stability.restart_clock()
             if self.recorder is not None:
                 self.recorder.record(state.global_step, values)

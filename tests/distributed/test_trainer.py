@@ -25,6 +25,8 @@ RUNS = {
     "plain": {"enable": False},
     "plain_block": {"enable": False, "block": HALF},  # DeepSpeed ignores a key that it does not know
     "zero": {"block": {"level": 0}},
+    "noise_plain": {"enable": False, "arguments": {"neftune_noise_alpha": 5.0}},
+    "noise_zero": {"block": {"level": 0}, "arguments": {"neftune_noise_alpha": 5.0}},
     "half": {"block": HALF, "steps": 6, "arguments": SAVING},
     "half_resumed": {"block": HALF, "steps": 6, "arguments": SAVING, "resume": {"run": "half", "step": 3}},
     "half_evaluated": {"block": HALF, "steps": 6, "arguments": EVALUATING, "evaluation": ["a"], "evaluate_after": True},
@@ -97,12 +99,18 @@ def test_without_enable_the_block_is_inert(runs):
     assert not results["plain_block"]["extended"]
 
 
-@pytest.mark.parametrize(("plain", "zero"), [("plain", "zero"), ("bf16_plain", "bf16_zero")])
+@pytest.mark.parametrize(("plain", "zero"), [("plain", "zero"), ("bf16_plain", "bf16_zero"), ("noise_plain", "noise_zero")])
 def test_level_zero_is_plain_training_to_the_bit(runs, plain, zero):
     _, results, _ = runs
     assert equal(results[plain]["weights"], results[zero]["weights"])
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [row.get(key) for row in results[plain]["log"]] == [row.get(key) for row in results[zero]["log"]]
+
+
+def test_neftune_noise_reaches_the_training(runs):
+    """transformers' own flag: noise of magnitude alpha / sqrt(L d) on the embeddings (arXiv 2310.05914), under ZeRO-3."""
+    _, results, _ = runs
+    assert not equal(results["noise_zero"]["weights"], results["zero"]["weights"])
 
 
 def test_other_stages_and_precisions_are_extended_the_same_way(runs):

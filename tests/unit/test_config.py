@@ -37,6 +37,8 @@ FULL = {
     "probe": {"interval": 5, "num_prompts": 2, "max_new_tokens": 3, "prompts_file": "p.txt", "max_gather_gib": 0.5},
     "loss_path": "chunked",
     "max_skipped_steps": 1,
+    "objective": {"name": "focal", "gamma": 1.5},
+    "alarm": {"action": "stop", "reference_file": "r.txt", "start_step": 3, "patience": 1, "share_tolerance": 0.1, "entropy_tolerance": 0.3},
 }  # fmt: skip
 
 
@@ -168,6 +170,36 @@ def test_statistics_interval_needs_the_stock_loss():
         parse(loss_path="linear", statistics={"interval": 10})
 
 
+@pytest.mark.parametrize("objective, message", [
+    ({"name": "focl"}, 'stability.objective.name: "focl" is not allowed; must be "cross_entropy" or "label_smoothing"'),
+    ({"gamma": 1.0}, "stability.objective.name: null is not allowed"),
+    ({"name": "focal", "gama": 1}, 'stability.objective.gama: unknown key (value 1); did you mean "gamma"? allowed here: name, gamma'),
+    ({"name": "label_smoothing", "smoothing": 1.01}, "stability.objective.smoothing: 1.01 is not allowed; must be a number from 0 to 1"),
+    ({"name": "label_smoothing", "smoothing": -0.1}, "must be a number from 0 to 1"),
+    ({"name": "unlikelihood_sequence"}, "stability.objective.max_new_tokens: null is not allowed; must be an integer from 1 to 1000000, the "
+     "tokens to generate per text, as the sequence level needs a generation budget"),
+    ({"name": "reverse_kl"}, "stability.objective.reference: null is not allowed; must be the folder or hub name of a causal LM, as this "
+     "objective needs a reference model"),
+    ("focal", 'stability.objective: "focal" is not allowed; must be an object with a name'),
+])  # fmt: skip
+def test_a_wrong_objective_is_one_line(objective, message):
+    with pytest.raises(StabilityConfigError) as error:
+        parse(objective=objective)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_objective_acts_through_the_chunked_loss_at_any_level():
+    gem = {"name": "gem"}
+    assert parse(objective=gem).resolved_loss_path == "chunked" and not parse(objective=gem).active
+    assert parse(objective={"name": "cross_entropy"}) == parse() and parse().resolved_loss_path == "stock"
+    with pytest.raises(StabilityConfigError, match='stability.loss_path: "stock" is not allowed'):
+        parse(objective=gem, loss_path="stock")
+    with pytest.raises(StabilityConfigError, match="stability.statistics.interval: 2"):
+        parse(objective=gem, statistics={"interval": 2})
+    resolved = parse(objective=gem).resolve(pretrained=True)
+    assert resolved.to_dict()["objective"] == {"name": "gem", "beta": 0.7, "h": "linear"}
+
+
 def test_describe_lists_every_key_with_meaning_default_and_range():
     infos = {info.path: info for info in describe()}
     values = StabilityConfig.parse(FULL).to_dict()
@@ -176,7 +208,9 @@ def test_describe_lists_every_key_with_meaning_default_and_range():
         for key, value in node.items():
             yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
-    assert set(leaves(values)) == {path for path, info in infos.items() if not info.section}
+    kinds = {path for path in infos if "(" in path}  # keys of one kind of objective
+    assert {path for path in kinds if "(focal)" in path} == {"objective(focal).gamma"}
+    assert set(leaves(values)) == {path for path, info in infos.items() if not info.section} - kinds | {"objective.gamma"}
     assert all(info.meaning and info.allowed for info in infos.values())
     assert infos["controller.gain_max"].allowed == "a number above 0 and up to 50"
     assert infos["statistics.ema_decay"].allowed == "a number above 0 and below 1"
@@ -188,7 +222,7 @@ def test_describe_lists_every_key_with_meaning_default_and_range():
 def test_the_described_defaults_are_the_defaults():
     block: dict = {}
     for info in describe():
-        if info.section or info.path.startswith("stabilizers."):
+        if info.section or info.path.startswith("stabilizers.") or "(" in info.path:
             continue
         node = block
         *parents, key = info.path.split(".")

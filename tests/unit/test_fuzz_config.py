@@ -39,7 +39,19 @@ SECTIONS = {
                    "chunk_size": st.none() | counts},
     "probe": {"interval": steps, "num_prompts": counts, "max_new_tokens": counts, "prompts_file": st.none() | paths,
               "max_gather_gib": st.floats(0, 10**6, exclude_min=True)},
+    "alarm": {"action": st.sampled_from(["off", "warn", "stop"]), "reference_file": st.none() | paths, "start_step": st.none() | steps,
+              "patience": st.integers(1, 1000), "share_tolerance": st.floats(0, 1, exclude_max=True), "entropy_tolerance": shares},
 }  # fmt: skip
+gammas, coefficients, positive = st.floats(0, 20), st.floats(0, 100), st.floats(0, 10, exclude_min=True)
+OBJECTIVES = {
+    "cross_entropy": {}, "label_smoothing": {"smoothing": st.floats(0, 1)}, "focal": {"gamma": gammas},
+    "tofu": {"gamma": gammas, "beta": positive}, "entropy_regularized": {"coefficient": coefficients},
+    "gem": {"beta": positive, "h": st.sampled_from(["linear", "logsigmoid"])}, "unlikelihood_token": {"alpha": coefficients},
+    "unlikelihood_sequence": {"max_new_tokens": st.integers(1, 10**6), "prefix_tokens": st.integers(1, 10**6),
+                              "n": st.integers(1, 1000), "probability": st.floats(0, 1, exclude_min=True)},
+    "reverse_kl": {"reference": paths, "coefficient": positive, "cross_entropy": coefficients},
+}  # fmt: skip
+NEEDED = {"unlikelihood_sequence": ["max_new_tokens"], "reverse_kl": ["reference"]}  # keys without a default
 FAMILIES = {
     "feedback": {"level": st.none() | schedules, "permute": st.booleans(), "replay": st.none() | paths},
     "clipping": {"level": st.none() | schedules, "ema_decay": shares},
@@ -54,6 +66,7 @@ def test_every_key_of_the_block_is_fuzzed():
     ours = set(TOP) | {"stabilizers"} | set(SECTIONS)
     ours |= {f"{name}.{key}" for name, section in SECTIONS.items() for key in section}
     ours |= {f"stabilizers.{name}.{key}" for name, section in FAMILIES.items() for key in section}
+    ours |= {f"objective({name}).{key}" for name, section in OBJECTIVES.items() for key in section} | {"objective", "objective.name"}
     assert ours == {info.path for info in describe()}
 
 
@@ -61,8 +74,14 @@ def mapping(strategies):
     return st.fixed_dictionaries({}, optional=strategies)
 
 
+def objective(name):
+    section, needed = OBJECTIVES[name], NEEDED.get(name, [])
+    return st.fixed_dictionaries({"name": st.just(name), **{key: section[key] for key in needed}},
+                                 optional={key: value for key, value in section.items() if key not in needed})  # fmt: skip
+
+
 right_blocks = mapping({
-    **TOP, **{name: mapping(section) for name, section in SECTIONS.items()},
+    **TOP, "objective": st.sampled_from(list(OBJECTIVES)).flatmap(objective), **{name: mapping(section) for name, section in SECTIONS.items()},
     "stabilizers": st.none() | mapping({name: mapping(section) for name, section in FAMILIES.items()}),
 })  # fmt: skip
 

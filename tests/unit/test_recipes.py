@@ -10,7 +10,7 @@ from ds_stability.launchers.arguments import parse_command
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPOSITORY / "launchers" / "recipes").glob("*.yaml"))
 #: What a recipe leaves to the command line, beside --output_dir: the name of a file to train on.
-DATA_FILES = {"smollm2_text": "corpus.txt", "smollm2_lora_chat": "chats.jsonl"}
+DATA_FILES = {"smollm2_text": "corpus.txt", "smollm2_tofu_neftune": "corpus.txt", "smollm2_lora_chat": "chats.jsonl"}
 
 
 @pytest.fixture
@@ -39,11 +39,13 @@ def test_recipe_parses_and_every_value_arrives(recipe, command_of):
     given = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     parts = [vars(command.model), vars(command.data), command.training]
     for key, value in given.items():
-        if key in ("stability_level", "deepspeed"):
+        if key in ("stability_level", "stability_objective", "deepspeed"):
             continue
         arrived = next(part[key] for part in parts if key in part)
         assert arrived == value, key
-    assert command.stability.max_level("feedback") > 0
+    objective = command.stability.to_dict()["objective"]
+    assert objective == given.get("stability_objective", {"name": "cross_entropy"}) | objective
+    assert command.stability.max_level("feedback") > 0 or objective["name"] != "cross_entropy"
     assert command.ds_config["zero_optimization"]["stage"] == 3
 
 

@@ -139,6 +139,16 @@ def test_a_whole_key_replaces_the_keys_beneath_it(plan_of):
     assert cell.block == {"stabilizers": {}}
 
 
+def test_objectives_are_an_axis_by_name_or_with_their_keys(plan_of, tmp_path):
+    named = {"focal1": {"stability.objective": {"name": "focal", "gamma": 1.0}}, "tofu": {"stability_objective": "tofu"}}
+    for grid in ({"stability.objective": ["cross_entropy", "gem", {"name": "focal", "gamma": 1}]}, {"objective": named}):
+        plan = plan_of(grid=grid)
+        commands = check_cells(plan, tmp_path / "runs")
+        names = {command.stability.objective.name for command in commands.values()}
+        assert names == ({"focal", "tofu"} if "objective" in grid else {"cross_entropy", "gem", "focal"})
+        assert len(set(commands)) == len(plan.cells) == len(names)
+
+
 def test_references_are_ordered_resolved_and_part_of_the_id(plan_of):
     arms = {"replay": {"flags": {"stability.stabilizers.feedback.replay": "{cell:arm=feedback,level=0.5}/metrics.jsonl"},
                        "grid": {"stability.level": [0.5]}},
