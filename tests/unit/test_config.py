@@ -188,9 +188,12 @@ def test_a_wrong_objective_is_one_line(objective, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_objective_acts_through_the_chunked_loss_at_any_level():
+def test_an_objective_acts_through_our_loss_at_any_level():
     gem = {"name": "gem"}
-    assert parse(objective=gem).resolved_loss_path == "chunked" and not parse(objective=gem).active
+    assert parse(objective=gem).resolved_loss_path == "linear" and not parse(objective=gem).active
+    assert parse(objective={"name": "unlikelihood_token"}).resolved_loss_path == "chunked"
+    with pytest.raises(StabilityConfigError, match="logits of whole sequences"):
+        parse(objective={"name": "unlikelihood_token"}, loss_path="linear")
     assert parse(objective={"name": "cross_entropy"}) == parse() and parse().resolved_loss_path == "stock"
     with pytest.raises(StabilityConfigError, match='stability.loss_path: "stock" is not allowed'):
         parse(objective=gem, loss_path="stock")

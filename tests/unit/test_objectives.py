@@ -300,7 +300,8 @@ def test_every_name_of_the_block_is_built():
     for name in names:
         config = StabilityConfig.parse({"objective": {"name": name, **given.get(name, {})}})
         assert (token_objective(config.objective) is cross_entropy) == (name == "cross_entropy" or config.prepares_batches)
-        assert config.resolved_loss_path == ("stock" if name == "cross_entropy" else "chunked")
+        path = "chunked" if config.prepares_batches else "linear"
+        assert config.resolved_loss_path == ("stock" if name == "cross_entropy" else path)
 
 
 @pytest.mark.parametrize("kind", ["z_loss", "label_smoothing"])
