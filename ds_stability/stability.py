@@ -187,7 +187,7 @@ class Stability:
         scale = self.gradients.loss_scale
         for tensors in self.gradients.tensors():
             if tensors:
-                values[0] += squared_norm(tensors).to(self.device) / (scale**2 * self.gradients.replicas)
+                values[0] += squared_norm(tensors).to(self.device, non_blocking=True) / (scale**2 * self.gradients.replicas)
         values[1:3] = self.hooks.mean_products(values)
         if self.noise is not None:
             self.noise.close()
