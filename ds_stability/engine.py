@@ -91,6 +91,11 @@ def engine_of(module: torch.nn.Module) -> deepspeed.DeepSpeedEngine | None:
 class StabilityMixin:
     """What the dynamic subclass adds to a DeepSpeedEngine."""
 
+    def forward(self, *inputs, **kwargs):
+        if self.module.training and torch.is_grad_enabled():
+            self.stability.before_forward()  # nothing but where a governor measures on held-out text
+        return super().forward(*inputs, **kwargs)
+
     def _take_model_step(self, lr_kwargs):
         stability = self.stability
         sums = stability.reduce()  # the one collective and the one host synchronization of the step

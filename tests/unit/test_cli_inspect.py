@@ -74,7 +74,7 @@ def test_an_explicit_null_is_not_called_a_default(inspect):
     _, out, _ = inspect({**GOOD, "stability": {"controller": {"warmup_steps": None}}}, "--json")
     key = next(key for key in json.loads(out)["keys"] if key["path"] == "controller.warmup_steps")
     assert key == {"path": "controller.warmup_steps", "value": None, "origin": "file",
-                   "remark": "10 from pretrained weights, 100 from scratch"}  # fmt: skip
+                   "remark": "10 from pretrained weights, 100 from scratch (250 for a governor)"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
