@@ -76,7 +76,7 @@ class ControllerConfig(BaseModel):
     )
     setpoint_ramp_steps: Steps = Field(
         100, description="governor: applied steps in which the set point moves from what is measured to the target; a model that "
-        "gets there by itself in that time is let do so"
+        "gets there by itself in twice that time is let do so"
     )
     probe_interval: Steps = Field(
         10, description="governor: measure on the held-out probe every so many applied steps; 0 = on each training step"

@@ -12,7 +12,7 @@ The integral stands still while a bound or the slew rate holds the output back a
 integration; Astrom & Hagglund, Advanced PID Control, 2006, section 3.5).
 
 Start. After warm-up the governor coasts at output 0 as long as the model is on its way to the target by itself and would be
-there within setpoint_ramp_steps: a model that learns from scratch comes down from ln(vocabulary), and hurrying it costs
+there within two ramps of the set point: a model that learns from scratch comes down from ln(vocabulary), and hurrying it costs
 cross-entropy. Then it engages: the set point starts at what is measured and moves to the target in a straight line over
 setpoint_ramp_steps, so that switching on gives no jolt (bumpless transfer).
 """
@@ -27,6 +27,8 @@ STATISTICS = {"entropy": (1.0, 1.0), "top1_mass": (-1.0, 0.1), "high_frequency_m
 MAX_HOLD_STEPS = 10
 TREND_STEPS = 20  # memory of the slope that tells whether to coast
 MIN_TREND_STEPS = 10  # applied steps that must be known for it
+LANDING_STEPS = 20  # coasting ends so many steps before the model would be at the target, which is then approached more slowly
+COAST_RAMPS = 2  # a model that will be at the target by itself within so many ramps of the set point is let do so
 SATURATED_STEPS = 10  # applied steps at the bound, in a row, after which the user is told
 
 
@@ -131,9 +133,8 @@ class Governor:
         if state.applied_steps - state.trend_from < MIN_TREND_STEPS:
             return True
         away, slope = state.target - state.value, state.trend_sum / state.trend_weight
-        return abs(away) > self.dead_band * abs(state.target) and 0.0 < away * slope and abs(away) <= (
-            abs(slope) * self.setpoint_ramp_steps
-        )
+        soon, late = abs(slope) * LANDING_STEPS, abs(slope) * COAST_RAMPS * self.setpoint_ramp_steps
+        return away * slope > 0.0 and soon < abs(away) <= late
 
     def _control(self, held: int) -> None:
         state = self.state
