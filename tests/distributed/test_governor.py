@@ -7,8 +7,8 @@ import torch
 
 COMMS = {"comms_logger": {"enabled": True, "prof_all": True, "verbose": False, "debug": False}}
 VOCAB = 97
-STEPS, WARMUP, SETTLED = 70, 20, 50
-FAST = {"warmup_steps": WARMUP, "setpoint_ramp_steps": 5, "probe_interval": 4, "probe_size": 8, "ki": 0.03, "slew_rate": 0.1}
+STEPS, WARMUP, SETTLED = 90, 20, 60
+FAST = {"warmup_steps": WARMUP, "setpoint_ramp_steps": 5, "probe_interval": 4, "probe_size": 8, "kp": 0.2, "ki": 0.05, "slew_rate": 0.1}
 LEARNER = {"steps": STEPS, "gas": 1, "micro": 8, "lr": 3e-3, "held_out": 8}
 
 
@@ -58,7 +58,7 @@ def test_reaches_a_target_from_either_side(results, name):
     run, rows = next(run for run in SIDES if run["name"] == name), results[name]["metrics"]
     control = run["stability"]["controller"]
     target, values = control["target"], series(results[name], "stability/governor_statistic")
-    assert sum(values[SETTLED:]) / (STEPS - SETTLED) == pytest.approx(target, rel=0.03)
+    assert sum(values[SETTLED:]) / (STEPS - SETTLED) == pytest.approx(target, rel=0.04)
     last = rows[-1]
     acts, rests = ("gain", "entropy_bonus") if control["actuator"] == "token_weight" else ("entropy_bonus", "gain")
     assert last[f"stability/{rests}"] == 0.0 and last["stability/governor_output"] * (target - 3.5) > 0

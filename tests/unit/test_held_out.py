@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ds_stability.config import StabilityConfig
 from ds_stability.config_controller import ControllerConfig
 from ds_stability.data.overlap import WINDOW, _windows, overlapping_share
 from ds_stability.errors import StabilityConfigError
 from ds_stability.held_out import HeldOut, evaluating, first_rows
-from ds_stability.launchers.setup_run import governor_sequences
+from ds_stability.launchers.setup_run import governor_sequences, warn_of_overlap
 from ds_stability.loss import StabilityLoss
 from ds_stability.stabilizers.governance import Governance, check_target
 from ds_stability.statistics import FIELDS, TOKEN_FIELDS, VECTOR_SIZE, StepSums
@@ -135,6 +136,16 @@ def test_governor_sequences_are_spread_evenly():
     blocks = list(rows_of((4,) * 10))
     assert [row["input_ids"] is blocks[place]["input_ids"] for row, place in zip(governor_sequences(blocks, 3), (0, 4, 9), strict=True)]
     assert len(governor_sequences(blocks, 99)) == 10
+
+
+@pytest.mark.parametrize(("share", "mode", "told"), [(0.0, "governor", False), (1.0, "governor", True), (1.0, "level", False)])
+def test_overlap_is_warned_of_in_one_line(capsys, share, mode, told):
+    training = list(rows_of((64,) * 20))
+    held_out = list(rows_of((64,) * 2, seed=9)) if share == 0.0 else training[3:5]
+    command = SimpleNamespace(stability=StabilityConfig.parse({"controller": {"mode": mode}}), data=SimpleNamespace(streaming=False))
+    warn_of_overlap(command, training, held_out)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == told and all(line.startswith("warning: 100% of the governor's held-out sequences") for line in lines)
 
 
 # ---- the stabilizer ---------------------------------------------------------------------------------------------------
