@@ -18,7 +18,7 @@ TARGET_ALLOWED = 'a number (nats from 0 to ln(vocabulary) for entropy, 0 to 1 fo
 _NUMBER = re.compile(r"\s*[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,3})?\s*", re.ASCII)
 #: Keys that one mode alone reads.
 LEVEL_KEYS = ("ramp_steps", "gain_max", "trim_kp", "trim_ki", "trim_max")
-GOVERNOR_KEYS = ("statistic", "target", "actuator", "kp", "ki", "dead_band", "slew_rate", "output_limit",
+GOVERNOR_KEYS = ("statistic", "target", "actuator", "start", "kp", "ki", "dead_band", "slew_rate", "output_limit",
                  "setpoint_ramp_steps", "probe_interval", "probe_size")  # fmt: skip
 
 
@@ -67,6 +67,10 @@ class ControllerConfig(BaseModel):
     actuator: Literal["token_weight", "entropy_bonus"] = Field(
         "token_weight", description="governor: what it acts with; the gain of the token weights, or b in the objective s - b H"
     )
+    start: Literal["warmup", "alarm"] = Field(
+        "warmup",
+        description="governor: when it begins; after warm-up, or only once an alarm, or engine.stability.start_governor(), says so",
+    )
     kp: float = Field(0.3, ge=0, le=100, description="governor: proportional gain, output per nat of entropy or per .1 of a mass")
     ki: float = Field(0.03, ge=0, le=10, description="governor: integral gain, per applied step")
     dead_band: float = Field(0.002, ge=0, lt=1, description="governor: error that is left alone, as a share of the set point")
@@ -89,7 +93,8 @@ class ControllerConfig(BaseModel):
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].default:
                 other = "governor" if self.mode == "level" else "level"
-                raise InvalidValue(f".{name}", getattr(self, name), f'left out, or controller.mode must be "{other}", which reads it')
+                raise InvalidValue(f".{name}", getattr(self, name),
+                                   f'left out, or controller.mode must be "{other}", which reads it')  # fmt: skip
         if self.mode == "governor":
             self._check_target()
         return self

@@ -37,6 +37,7 @@ class GovernorState:
     """Everything that a resumed run needs; JSON-ready."""
 
     applied_steps: int = 0
+    waiting: bool = False  # for `start`
     output: float = 0.0  # u in force in the coming step
     command: float = 0.0  # u*
     integral: float = 0.0
@@ -94,6 +95,10 @@ class Governor:
         """Whether the output is at its bound and the set point asks for more."""
         return self.state.saturated_steps > 0
 
+    def start(self) -> None:
+        """End the wait of a governor that was made to wait (`state.waiting`); on every rank in the same step."""
+        self.state.waiting = False
+
     def measure(self, value: float, target: float) -> None:
         """Take a measurement of the model as it is before the coming step. A non-finite one changes nothing: the output
         is held.
@@ -107,7 +112,7 @@ class Governor:
         if not (math.isfinite(value) and math.isfinite(target)):
             return
         state.value, state.target = value, target
-        if state.applied_steps < self.warmup_steps:
+        if state.applied_steps < self.warmup_steps or state.waiting:
             return
         held = 1
         if state.engaged_step is None:

@@ -118,8 +118,8 @@ class GovernorProbe:
             return False
         if self.held_out is None:
             raise StabilityConfigError(
-                f"the governor (target {control.target}, probe_interval {control.probe_interval}) measures on held-out text and has "
-                "none; call engine.stability.set_held_out(sequences) before training, or give a number as the target and set "
+                f"the governor (target {control.target}, probe_interval {control.probe_interval}) measures on held-out text "
+                "and has none; call engine.stability.set_held_out(sequences) before training, or give a number as the target and set "
                 "stability.controller.probe_interval to 0"
             )
         self.governance.measure(reduce_tokens(self.held_out.sums(self.engine, self.loss, self.device), self.group))

@@ -122,6 +122,8 @@ def _number_or_text(value: Any) -> float | str:
 def _loss_path_reason(stability: StabilityConfig) -> str:
     if stability.loss_path is not None:
         return "as the block asks"
+    if stability.governed:
+        return f"the governor of {stability.controller.statistic} acts through it"
     levels = [f"{name} up to {stability.max_level(name)}" for name in stability.families if stability.max_level(name)]
     return ", ".join(levels) if levels else "no stabilizer is ever above level 0"
 

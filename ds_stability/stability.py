@@ -168,6 +168,12 @@ class Stability:
             raise StabilityConfigError('set_held_out is for stability.controller.mode "governor"; this block has none')
         self.governor_probe.set(sequences)
 
+    def start_governor(self) -> None:
+        """Let a governor with `controller.start` "alarm" begin. Call it between two steps, on every rank in the same one."""
+        if self.governance is None:
+            raise StabilityConfigError('start_governor is for stability.controller.mode "governor"; this block has none')
+        self.governance.governor.start()
+
     @property
     def needs_held_out(self) -> bool:
         """Whether a governor waits for `set_held_out`."""

@@ -28,6 +28,7 @@ class Governance:
         self.control, self.ema_decay = control, ema_decay
         self.governor = Governor(control.statistic, control.kp, control.ki, control.dead_band, control.slew_rate,
                                  control.output_limit, control.warmup_steps, control.setpoint_ramp_steps)  # fmt: skip
+        self.governor.state.waiting = control.start == "alarm"
         self.surprisal, self.setting = SurprisalState(), Setting()
         self.warned, self.warning = False, None
 
@@ -44,7 +45,7 @@ class Governance:
         if control.target == "initial" and state.initial is None:
             return True
         since = state.applied_steps - control.warmup_steps
-        return control.probe_interval > 0 and since >= 0 and since % control.probe_interval == 0
+        return not state.waiting and control.probe_interval > 0 and since >= 0 and since % control.probe_interval == 0
 
     def measure(self, sums: StepSums) -> None:
         """Take in the probe's global sums.

@@ -167,3 +167,8 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     command = f"set -o pipefail; {sys.executable} -m ds_stability.cli inspect {path} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_governor_is_the_reason_for_the_loss_path(inspect):
+    _, out, _ = inspect({**GOOD, "stability": {"controller": {"mode": "governor", "target": 3.5}}})
+    assert "loss path: chunked (the governor of entropy acts through it)" in out

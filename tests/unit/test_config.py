@@ -41,7 +41,7 @@ FULL = {
 
 
 GOVERNOR = {
-    "mode": "governor", "warmup_steps": 7, "statistic": "top1_mass", "target": 0.25, "actuator": "entropy_bonus", "kp": 0.5, "ki": 0,
+    "mode": "governor", "warmup_steps": 7, "statistic": "top1_mass", "target": 0.25, "actuator": "entropy_bonus", "start": "alarm", "kp": 0.5, "ki": 0,
     "dead_band": 0.01, "slew_rate": 0.5, "output_limit": 2, "setpoint_ramp_steps": 0, "probe_interval": 0, "probe_size": 3,
 }  # fmt: skip
 

@@ -39,7 +39,7 @@ SECTIONS = {
                    "target": st.sampled_from(["initial", "data"]) | st.floats(0, 1), "kp": st.floats(0, 100), "ki": st.floats(0, 10),
                    "dead_band": st.floats(0, 1, exclude_max=True), "slew_rate": st.floats(0, 50, exclude_min=True),
                    "output_limit": st.floats(0, 8, exclude_min=True), "setpoint_ramp_steps": steps, "probe_interval": steps,
-                   "probe_size": counts},
+                   "probe_size": counts, "start": st.sampled_from(["warmup", "alarm"])},
     "statistics": {"high_frequency_coverage": shares, "high_frequency_file": st.none() | paths, "ema_decay": shares,
                    "interval": st.just(1) | counts, "gradient_noise_scale": st.booleans(), "update_ratio_interval": steps,
                    "chunk_size": st.none() | counts},

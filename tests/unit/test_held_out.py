@@ -176,6 +176,22 @@ def test_due_once_a_step_after_warm_up_and_first_of_all_for_initial():
         assert due == first
 
 
+def test_a_governor_that_waits_for_an_alarm_begins_when_told():
+    governance, due = Governance(control_of(target="initial", probe_interval=3, start="alarm", setpoint_ramp_steps=0), 0.9), []
+    for step in range(16):
+        if step == 9:
+            resumed = Governance(governance.control, 0.9)
+            resumed.load_state_dict(governance.state_dict())
+            governance = resumed
+            governance.governor.start()
+        if governance.due():
+            due.append(step)
+            governance.measure(sums_of(entropy=3.0 - 0.1 * step))
+        governance.update(sums_of())
+        assert (governance.setting.gain != 0.0) == (step >= 11)
+    assert due == [0, 11, 14]
+
+
 @pytest.mark.parametrize(("actuator", "gain_sign", "bonus_sign"), [("token_weight", -1, 0), ("entropy_bonus", 0, 1)])
 def test_entropy_below_its_target_spreads(actuator, gain_sign, bonus_sign):
     governance, loss = Governance(control_of(target=3.5, actuator=actuator, probe_interval=0, setpoint_ramp_steps=0), 0.9), SimpleNamespace()
