@@ -152,7 +152,10 @@ def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokeni
         trainer.evaluate()  # a run that was resumed after its last step
     engine = engine_of(trainer.model)
     base_model(engine.module).config.get_text_config().use_cache = keeps_cache  # off while documents were packed
-    card = {"level": engine.stability.config.to_dict()["level"], "steps": trainer.state.global_step}
+    block = engine.stability.config.to_dict()
+    card = {"level": block["level"], "steps": trainer.state.global_step}
+    if engine.stability.config.governed:
+        card["governor"] = {key: block["controller"][key] for key in ("statistic", "target", "actuator")}
     export_model(engine, tokenizer, run.final, card, run.path / FILE_NAME)
     if engine.stability.recorder is not None:
         engine.stability.recorder.close()
