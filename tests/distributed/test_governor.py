@@ -17,7 +17,7 @@ def governed(name, target, actuator="token_weight", control=None, **run):
     return {"name": name, "stability": {"controller": control}, **LEARNER, **run}
 
 
-SHORT = {"warmup_steps": 1, "probe_interval": 2, "setpoint_ramp_steps": 2}
+SHORT = {"warmup_steps": 1, "probe_interval": 2, "setpoint_ramp_steps": 0}
 SIDES = [
     governed("weight_up", 3.9, "token_weight"),
     governed("weight_down", 3.2, "token_weight"),
@@ -65,7 +65,6 @@ def test_reaches_a_target_from_either_side(results, name):
     sign = -1 if acts == "gain" else 1
     assert last[f"stability/{acts}"] == sign * last["stability/governor_output"]
     assert all(row[f"stability/{acts}"] == 0.0 for row in rows[:WARMUP])
-    assert rows[WARMUP]["stability/governor_setpoint"] == rows[WARMUP]["stability/governor_statistic"]
 
 
 def test_the_same_state_on_every_rank(results):
@@ -123,7 +122,7 @@ def test_saturation_is_reported(results):
 
 def test_a_mass_is_measured(results):
     value = results["mass"]["metrics"][-1]["stability/governor_statistic"]
-    assert 0.0 < value < 1.0 and results["mass"]["metrics"][-1]["stability/governor_output"] <= 0.0
+    assert 0.0 < value < 0.9 and results["mass"]["metrics"][-1]["stability/governor_output"] < 0.0
 
 
 @pytest.mark.parametrize(
