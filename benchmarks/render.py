@@ -1,6 +1,6 @@
-"""Render docs/results.md and its figures from docs/results/*.json; no figure is typed by hand.
+"""Render docs/results.md, docs/governor.md and their figures from docs/results/*.json; no figure is typed by hand.
 
-    python benchmarks/render.py [--results docs/results] [--page docs/results.md] [--check]
+    python benchmarks/render.py [--results docs/results] [--page docs/results.md docs/governor.md] [--check]
 
 The results files are those that the other scripts here write (`cp runs/demo/demo.json docs/results/`). In the
 page, what stands between `<!-- generated: NAME -->` and `<!-- end -->` is made from NAME.json; the rest is written by hand.
@@ -17,6 +17,7 @@ import common
 import demo
 import figures
 import generation
+import governor
 import headline
 import metric_speed
 import overhead
@@ -25,6 +26,7 @@ import smollm2
 from ds_stability.run_dir import write_atomic
 
 DOCS = common.REPOSITORY / "docs"
+PAGES = ("results.md", "governor.md")
 SAMPLE_CHARACTERS = 400
 _MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -32,20 +34,23 @@ _MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTAL
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=str(DOCS / "results"), help="folder of the results files")
-    parser.add_argument("--page", default=str(DOCS / "results.md"), help="page with the marks; figures go beside it")
+    parser.add_argument("--page", nargs="+", default=[str(DOCS / name) for name in PAGES],
+                        help="pages with the marks; figures go beside the first")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the page is out of date")
     arguments = parser.parse_args()
-    page = Path(arguments.page)
-    before = page.read_text(encoding="utf-8")
-    after = filled(before, Path(arguments.results))
-    if arguments.check:
-        if after != before:
+    pages, stale = [Path(page) for page in arguments.page], 0
+    for page in pages:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, Path(arguments.results))
+        if not arguments.check:
+            write_atomic(page, after)
+        elif after != before:
             print(f"error: {page.name} is out of date; run python benchmarks/render.py", file=sys.stderr)
-        return int(after != before)
-    write_atomic(page, after)
-    for path in draw(Path(arguments.results), page.parent / "figures"):
-        print(path)
-    return 0
+            stale = 1
+    if not arguments.check:
+        for path in draw(Path(arguments.results), pages[0].parent / "figures"):
+            print(path)
+    return stale
 
 
 def filled(text: str, results: Path) -> str:
@@ -159,6 +164,10 @@ def metric_speed_section(result: dict[str, Any]) -> str:
             f"{whole['processor_seconds']:.1f} s of one core.\n\n{common.markdown_table(*metric_speed.speed_table(result))}")  # fmt: skip
 
 
+def governor_section(result: dict[str, Any]) -> str:
+    return f"{common.markdown_table(*governor.governor_table(result['rows']))}\n\n" + governor.verdict(result["rows"]).replace("\n", "  \n")
+
+
 def faults_section(result: dict[str, Any]) -> str:
     """One row a phase: how many kills, how many inside the phase, and what came of them."""
     header = ["killed while", "kills (of rank 0)", "inside the phase", "all processes ended", "seconds: median, longest",
@@ -174,9 +183,9 @@ def faults_section(result: dict[str, Any]) -> str:
 
 SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "overhead": overhead_section, "headline": headline_section,
             "arms": arms_section, "pretrained": pretrained_section, "generation": generation_section,
-            "metric_speed": metric_speed_section, "faults": faults_section}  # fmt: skip
+            "metric_speed": metric_speed_section, "faults": faults_section, "governor": governor_section}  # fmt: skip
 SAME_FILE = {"arms": "headline"}  # sections that show another part of a results file
-DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults")
+DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults", "governor")
 
 
 def draw(results: Path, folder: Path) -> list[Path]:

@@ -14,6 +14,15 @@ from pydantic import AfterValidator, Field, PlainValidator, ValidationError, mod
 from typing_extensions import TypedDict
 
 from ds_stability.alarm_config import AlarmConfig
+from ds_stability.config_controller import (
+    LEVEL_KEYS,
+    WARMUP_PRETRAINED,
+    WARMUP_SCRATCH,
+    WARMUP_SCRATCH_GOVERNOR,
+    ControllerConfig,
+    Steps,
+    parse_target,
+)
 from ds_stability.config_describe import STRICT, KeyInfo, Section, describe_model, translate
 from ds_stability.config_errors import InvalidValue, did_you_mean, one_line, show_value
 from ds_stability.deepspeed_config import find_auto, load_ds_config, unsupported_features, zero_stage
@@ -34,7 +43,6 @@ __all__ = ["KeyInfo", "Schedule", "StabilityConfig", "describe", "find_auto", "f
            "load_ds_config", "max_level", "parse_level_flag", "split_config", "unsupported"]  # fmt: skip
 
 BLOCK = "stability"
-WARMUP_PRETRAINED, WARMUP_SCRATCH = 10, 100
 REGULARIZATION_MAX = {"z_loss": 1e-2, "label_smoothing": 0.3, "init_decay": 0.1}
 
 
@@ -46,7 +54,7 @@ def _path(value: str) -> str:
 
 _Level = Annotated[Any, PlainValidator(parse_schedule)]
 _OptionalLevel = Annotated[Any, PlainValidator(lambda value: None if value is None else parse_schedule(value))]
-_Steps = Annotated[int, Field(ge=0, le=MAX_STEP)]
+_Steps = Steps
 _Count = Annotated[int, Field(ge=1, le=MAX_STEP)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
 _Path = Annotated[str, Field(min_length=1), AfterValidator(_path)]
@@ -102,21 +110,6 @@ class Stabilizers(TypedDict, total=False):
     regularization: RegularizationConfig
 
 
-class ControllerConfig(Section):
-    warmup_steps: _Steps | None = Field(
-        None,
-        description=f"applied steps at gain 0 before feedback starts; null = {WARMUP_PRETRAINED} from pretrained "
-        f"weights, {WARMUP_SCRATCH} from scratch",
-    )
-    ramp_steps: _Steps = Field(5, description="applied steps over which the gain is then faded in")
-    gain_max: float = Field(
-        8.0, gt=0, le=50, description="largest gain of the token weights; a level that asks for more is saturated"
-    )
-    trim_kp: float = Field(0.1, ge=0, le=10, description="proportional part of the trim on the ratio's error")
-    trim_ki: float = Field(0.02, ge=0, le=10, description="integral part of the trim, per applied step")
-    trim_max: float = Field(0.5, ge=0, le=50, description="largest trim, in units of gain; 0 = feed-forward only")
-
-
 class StatisticsConfig(Section):
     high_frequency_coverage: _Share = Field(
         0.5, description="share of the training tokens that the high-frequency set covers"
@@ -163,7 +156,7 @@ class StabilityConfig(Section):
     objective: Objectives = Field(
         CrossEntropy(), discriminator="name", description="what is optimized, per token; the token weights multiply it"
     )
-    controller: ControllerConfig = Field(ControllerConfig(), description="the feedback loop")
+    controller: ControllerConfig = Field(ControllerConfig(), description="the feedback loop, or the governor")
     statistics: StatisticsConfig = Field(StatisticsConfig(), description="what is measured at every step")
     probe: ProbeConfig = Field(ProbeConfig(), description="generation during training")
     alarm: AlarmConfig = Field(AlarmConfig(), description="warnings when the probe's texts leave the band of the reference text")
@@ -174,12 +167,20 @@ class StabilityConfig(Section):
     max_skipped_steps: _Count = Field(10, description="skipped optimizer steps in a row that end the run")
 
     @model_validator(mode="after")
+    def _check_governor(self) -> "StabilityConfig":
+        above = max_level(self.level) > 0 or self.max_level("feedback") > 0
+        if self.governed and above:
+            raise InvalidValue(".controller.mode", "governor", '"level" where a level is above 0; or set level to 0: the '
+                               "governor takes the place of feedback, and the two would pull against each other")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
     def _check_loss_path(self) -> "StabilityConfig":
         if self.loss_path == "stock" and self._acts_through_loss():
             raise InvalidValue(
                 ".loss_path", "stock",
-                '"linear", "chunked" or null, as feedback, z_loss and label_smoothing above level 0 and every objective but '
-                "cross_entropy act through our loss",
+                '"linear", "chunked" or null, as feedback, z_loss and label_smoothing above level 0, the governor, and every '
+                "objective but cross_entropy act through our loss",
             )  # fmt: skip
         if self.loss_path == "linear" and self.prepares_batches:
             raise InvalidValue(
@@ -234,18 +235,23 @@ class StabilityConfig(Section):
         return max_level(self.family_schedule(family))
 
     @property
+    def governed(self) -> bool:
+        """Whether the governor takes the place of feedback."""
+        return self.controller.mode == "governor"
+
+    @property
     def active(self) -> bool:
-        """Whether any family is ever above level 0."""
-        return any(self.max_level(family) > 0 for family in self.families)
+        """Whether anything acts on training: a family that is ever above level 0, or the governor."""
+        return self.governed or any(self.max_level(family) > 0 for family in self.families)
 
     def _acts_through_loss(self) -> bool:
         penalty = self.families.get("regularization")
         penalized = penalty is not None and penalty.kind != "init_decay" and self.max_level("regularization") > 0
-        return penalized or self.objective.name != "cross_entropy" or self.max_level("feedback") > 0
+        return penalized or self.governed or self.objective.name != "cross_entropy" or self.max_level("feedback") > 0
 
     @property
     def resolved_loss_path(self) -> Literal["stock", "chunked", "linear"]:
-        """The loss path of the run: as asked, else stock for cross-entropy with no family ever above level 0, else linear.
+        """The loss path of the run: as asked, else stock for cross-entropy with nothing that acts on training, else linear.
 
         Objectives that see each micro-batch before its forward need logits: chunked. A model whose head is not recognized takes
         the chunked loss for linear (`fused_head.py`).
@@ -265,6 +271,16 @@ class StabilityConfig(Section):
         """This block at another level (the `--stability_level` flag). Families with a level of their own keep it."""
         return self.parse({**self.to_dict(), "level": level}, source)
 
+    def with_target(self, target: str) -> "StabilityConfig":
+        """This block as a governor at `target` (the `--stability_target` flag); a level is taken back to 0."""
+        block = self.to_dict()
+        try:
+            value = parse_target(target)
+        except InvalidValue as error:
+            raise StabilityConfigError(f"--stability_target: {show_value(target)} is not allowed; must be {error.allowed}") from None
+        controller = {key: item for key, item in block["controller"].items() if key not in LEVEL_KEYS}
+        return self.parse({**block, "level": 0.0, "controller": controller | {"mode": "governor", "target": value}})
+
     def resolve(self, pretrained: bool) -> "StabilityConfig":
         """This block with every null filled that does not depend on model or data: what a manifest records.
 
@@ -272,7 +288,8 @@ class StabilityConfig(Section):
         """
         block = self.to_dict()
         if block["controller"]["warmup_steps"] is None:
-            block["controller"]["warmup_steps"] = WARMUP_PRETRAINED if pretrained else WARMUP_SCRATCH
+            scratch = WARMUP_SCRATCH_GOVERNOR if self.governed else WARMUP_SCRATCH
+            block["controller"]["warmup_steps"] = WARMUP_PRETRAINED if pretrained else scratch
         block["stabilizers"] = {name: config.model_dump(mode="json") for name, config in self.families.items()}
         for name, family in block["stabilizers"].items():
             family["level"] = self.family_schedule(name)

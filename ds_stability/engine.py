@@ -93,10 +93,12 @@ class StabilityMixin:
 
     def forward(self, *inputs, **kwargs):
         stability = self.stability
-        if self.training and torch.is_grad_enabled() and (stability.preparation is not None or stability.alarm is not None):
-            if inputs:
-                kwargs = {**inspect.signature(self.module.forward).bind_partial(*inputs).arguments, **kwargs}
-            inputs, kwargs = (), stability.before_forward(kwargs)
+        if self.training and torch.is_grad_enabled():
+            stability.measure_held_out()
+            if stability.preparation is not None or stability.alarm is not None:
+                if inputs:
+                    kwargs = {**inspect.signature(self.module.forward).bind_partial(*inputs).arguments, **kwargs}
+                inputs, kwargs = (), stability.before_forward(kwargs)
         return super().forward(*inputs, **kwargs)
 
     def _take_model_step(self, lr_kwargs):

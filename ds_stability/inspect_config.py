@@ -126,6 +126,8 @@ def _number_or_text(value: Any) -> float | str:
 def _loss_path_reason(stability: StabilityConfig) -> str:
     if stability.loss_path is not None:
         return "as the block asks"
+    if stability.governed:
+        return f"the governor of {stability.controller.statistic} acts through it"
     levels = [f"{name} up to {stability.max_level(name)}" for name in stability.families if stability.max_level(name)]
     if stability.objective.name != "cross_entropy":
         levels.append(f"objective {stability.objective.name}")

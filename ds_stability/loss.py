@@ -138,9 +138,9 @@ class _WeightedLoss(torch.autograd.Function):
     """sum_i coefficient_i * objective(logits_i, label_i) for precomputed objective values and coefficients."""
 
     @staticmethod
-    def forward(ctx, logits_NV, labels_N, coefficient_N, loss_sum, objective, chunk, on_backward):
+    def forward(ctx, logits_NV, labels_N, coefficient_N, loss_sum, objective, bonus, chunk, on_backward):
         ctx.save_for_backward(logits_NV, labels_N, coefficient_N)
-        ctx.objective, ctx.chunk, ctx.on_backward = objective, chunk, on_backward
+        ctx.objective, ctx.bonus, ctx.chunk, ctx.on_backward = objective, bonus, chunk, on_backward
         return loss_sum.clone()  # returned as it came it would be a view, which Trainer may not scale in place
 
     @staticmethod
@@ -152,20 +152,30 @@ class _WeightedLoss(torch.autograd.Function):
         for start in range(0, logits_NV.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             objective = objective_at(ctx.objective, rows)
-            grad_NV[rows] = _chunk_gradient(logits_NV[rows], labels_N[rows], scaled_N[rows], objective)
-        return grad_NV, None, None, None, None, None, None
+            grad_NV[rows] = _chunk_gradient(logits_NV[rows], labels_N[rows], scaled_N[rows], objective, ctx.bonus)
+        return grad_NV, None, None, None, None, None, None, None
 
 
-def _chunk_gradient(logits_CV, labels_C, coefficient_C, objective):
-    """d/d logits of sum_i coefficient_i * objective_i, fp32 [C, V]."""
+def _chunk_gradient(logits_CV, labels_C, coefficient_C, objective, bonus):
+    """d/d logits of sum_i coefficient_i * (objective_i - bonus * H_i), fp32 [C, V]."""
     if objective is cross_entropy:
         grad_CV, labels_C1 = torch.softmax(logits_CV, dim=-1, dtype=torch.float32), labels_C.unsqueeze(1)
         grad_CV.scatter_(1, labels_C1, grad_CV.gather(1, labels_C1) - 1.0)
-        return grad_CV.mul_(coefficient_C.unsqueeze(1))
-    with torch.enable_grad():
-        leaf_CV = logits_CV.detach().float().requires_grad_()
-        (grad_CV,) = torch.autograd.grad(objective(leaf_CV, labels_C), leaf_CV, coefficient_C)
-    return grad_CV
+        grad_CV.mul_(coefficient_C.unsqueeze(1))
+    else:
+        with torch.enable_grad():
+            leaf_CV = logits_CV.detach().float().requires_grad_()
+            (grad_CV,) = torch.autograd.grad(objective(leaf_CV, labels_C), leaf_CV, coefficient_C)
+    return grad_CV if bonus == 0.0 else grad_CV.add_(_bonus_gradient(logits_CV, bonus * coefficient_C))
+
+
+def _bonus_gradient(logits_CV, coefficient_C):
+    """d/d logits of -sum_i coefficient_i H_i, fp32 [C, V]: dH / d logit = -p (log p + H)."""
+    # Below -104 p is 0 in fp32, so the bound changes nothing but 0 * -inf (a padded vocabulary).
+    log_p_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32).clamp_(min=-200.0)
+    p_CV = log_p_CV.exp()
+    entropy_C1 = -(p_CV * log_p_CV).sum(dim=-1, keepdim=True)
+    return p_CV.mul_(log_p_CV.add_(entropy_C1)).mul_(coefficient_C.unsqueeze(1))
 
 
 class StabilityLoss:
@@ -178,7 +188,7 @@ class StabilityLoss:
         chunk_size: tokens per chunk; None chooses from memory.
 
     Attributes:
-        setting: gain, mu, sigma and mean weight of the coming step (set by the engine before each step).
+        setting: gain, mu, sigma, mean weight and entropy bonus of the coming step (set by the engine before each step).
         base_objective: per-token objective of the run, or of the coming micro-batch.
         objective: what is optimized next: the same, with what regularization adds.
         measure: False lets the stock path skip its statistics in this step (`statistics.interval`).
@@ -278,8 +288,8 @@ class StabilityLoss:
         labels_N = torch.where(mask_N, targets_N, 0)
         self.refuse_second_forward()
         self.forwards += 1
-        return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective, chunk,
-                                   lambda grad: self._report(grad, denominator, tokens))  # fmt: skip
+        return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective,
+                                   self.setting.entropy_bonus, chunk, lambda grad: self._report(grad, denominator, tokens))  # fmt: skip
 
     def refuse_second_forward(self) -> None:
         """Raises StabilityConfigError where ZeRO-3 would lose the gradients of the forward before."""
@@ -345,6 +355,8 @@ class StabilityLoss:
                 function = objective_at(self.objective, rows)
                 objectives.append(function(logits_NV[rows].float(), labels_N[rows]))
         value_N = torch.cat(objectives) if objectives else values_5N[0]
+        if keep and self.setting.entropy_bonus != 0.0:
+            value_N = value_N - self.setting.entropy_bonus * values_5N[1]
         weight_N = token_weights(values_5N[0], self.setting) if keep else torch.ones_like(value_N)
         loss_N = weight_N.double() / self.setting.mean_weight * value_N if keep else value_N
         self._add(accumulator, values_5N, weight_N, loss_N, mask_N)

@@ -1,22 +1,24 @@
 """State and parts of one engine's stability control, and what happens at each optimizer step boundary."""
 
-import sys
+import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 from deepspeed import comm as dist
 
-from ds_stability.collective import reduce_step, require_equal
+from ds_stability.causal_model import causal_lm, has_pretrained_weights
+from ds_stability.collective import reduce_step, reduce_tokens, require_equal
 from ds_stability.config import StabilityConfig
 from ds_stability.console import agree
 from ds_stability.controller import FeedbackController, Setting
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
 from ds_stability.gradients import reduced_gradients, squared_norm
+from ds_stability.held_out import GovernorProbe
 from ds_stability.histogram import NUM_BINS
 from ds_stability.loss import StabilityLoss, cross_entropy
 from ds_stability.measures import StabilityMeasures
@@ -26,6 +28,7 @@ from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.clipping import Clipping
 from ds_stability.stabilizers.feedback import Feedback, read_gains
+from ds_stability.stabilizers.governance import Governance, check_target
 from ds_stability.stabilizers.regularization import Regularization
 from ds_stability.statistics import (
     STEP_FIELDS,
@@ -38,6 +41,7 @@ from ds_stability.statistics import (
 )
 
 STATE_VERSION = 1
+logger = logging.getLogger(__name__)
 
 
 class Stability:
@@ -55,7 +59,8 @@ class Stability:
         alarm: the `Alarm` that an integration asks after each probe, or None.
         preparation: what the objective does before each training micro-batch, or None.
         own_text: whether the coming step trains on generated text: its tokens enter no statistic and have weight 1.
-        feedback, clipping, averaging, regularization: the stabilizers; None where absent.
+        feedback, governance, clipping, averaging, regularization: the stabilizers; None where absent.
+        governor_probe: how the governor measures on held-out text, or None.
     """
 
     def __init__(self, engine, config: StabilityConfig):
@@ -74,6 +79,10 @@ class Stability:
         if self.loss is not None:
             self.loss.base_objective = self.loss.objective = token_objective(self.config.objective)
             self.preparation = Preparation(self.config.objective, engine) if self.config.prepares_batches else None
+        self.governor_probe: GovernorProbe | None = None
+        if self.governance is not None:
+            check_target(self.config.controller, model.config.get_text_config().vocab_size)
+            self.governor_probe = GovernorProbe(self.engine, self.loss, self.governance, self.group, self.device)
         self.high_frequency_ids: list[int] | None = None
         self.measured = False  # whether the step being closed has token statistics
         self._load_high_frequency(model)
@@ -103,17 +112,8 @@ class Stability:
             if config.max_level(family) > 0 and any(p.dtype != torch.float32 for p in partitions):
                 raise StabilityConfigError(f"stabilizer {name!r} needs fp32 master weights; these are {partitions[0].dtype}")
         self.clipping = self.averaging = self.regularization = None
-        feedback = families.get("feedback")
-        gains = None
-        if feedback is not None and feedback.replay is not None:
-            gains = agree(lambda: read_gains(feedback.replay))
-            require_equal({"gains": gains}, self.device, self.group, "replayed gains")
-        controller = FeedbackController(
-            lambda step: config.family_level("feedback", step),
-            control.warmup_steps, control.ramp_steps, control.gain_max, control.trim_kp, control.trim_ki,
-            control.trim_max, config.statistics.ema_decay, gains,
-        )  # fmt: skip
-        self.feedback = Feedback(controller, feedback is not None and feedback.permute)
+        self.governance = Governance(control, config.statistics.ema_decay) if config.governed else None
+        self.feedback = None if config.governed else self._feedback()
         if config.max_level("clipping") > 0:
             self.clipping = Clipping(lambda step: config.family_level("clipping", step), control.warmup_steps,
                                      families["clipping"].ema_decay)  # fmt: skip
@@ -123,9 +123,22 @@ class Stability:
             family = families["regularization"]
             self.regularization = Regularization(lambda step: config.family_level("regularization", step),
                                                  family.kind, family.max)  # fmt: skip
-        parts = {"feedback": self.feedback, "clipping": self.clipping, "averaging": self.averaging,
+        parts = {"feedback": self.feedback, "governance": self.governance, "clipping": self.clipping, "averaging": self.averaging,
                  "regularization": self.regularization}  # fmt: skip
         self.stabilizers = {name: part for name, part in parts.items() if part is not None}
+
+    def _feedback(self) -> Feedback:
+        config, control, family = self.config, self.config.controller, self.config.families.get("feedback")
+        gains = None
+        if family is not None and family.replay is not None:
+            gains = agree(lambda: read_gains(family.replay))
+            require_equal({"gains": gains}, self.device, self.group, "replayed gains")
+        controller = FeedbackController(
+            lambda step: config.family_level("feedback", step),
+            control.warmup_steps, control.ramp_steps, control.gain_max, control.trim_kp, control.trim_ki,
+            control.trim_max, config.statistics.ema_decay, gains,
+        )  # fmt: skip
+        return Feedback(controller, family is not None and family.permute)
 
     def _install_loss(self, model, engine) -> StabilityLoss | None:
         path = self.config.resolved_loss_path
@@ -134,7 +147,7 @@ class Stability:
             if ours or self.config.active:
                 raise StabilityConfigError(
                     f"{type(engine.module).__name__} does not compute its loss with transformers' ForCausalLMLoss, which a "
-                    "level above 0 acts through; train a transformers causal LM, or set stability.level to 0"
+                    "level above 0 and the governor act through; train a transformers causal LM, or set stability.level to 0"
                 )
             return None
         stock = model.loss_function
@@ -166,6 +179,28 @@ class Stability:
         mask_V = torch.zeros(vocab_size, dtype=torch.float32, device=self.device)
         mask_V[torch.tensor(token_ids, dtype=torch.long, device=self.device)] = 1.0
         self.loss.high_frequency_V = mask_V
+
+    def set_held_out(self, sequences: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Give the governor the held-out sequences on which it measures; see `held_out.GovernorProbe.set`. Collective."""
+        if self.governor_probe is None:
+            raise StabilityConfigError('set_held_out is for stability.controller.mode "governor"; this block has none')
+        self.governor_probe.set(sequences)
+
+    def start_governor(self) -> None:
+        """Let a governor with `controller.start` "alarm" begin. Call it between two steps, on every rank in the same one."""
+        if self.governance is None:
+            raise StabilityConfigError('start_governor is for stability.controller.mode "governor"; this block has none')
+        self.governance.governor.start()
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether a governor waits for `set_held_out`."""
+        return self.governor_probe is not None and self.governor_probe.missing
+
+    def measure_held_out(self) -> None:
+        """Called at every training forward: the governor's measurement, where it is due."""
+        if self.governor_probe is not None and self.governor_probe.measure():
+            self.governance.prepare(self.applied_steps, self.loss)
 
     # ---- one optimizer step -------------------------------------------------------------------------------------
 
@@ -253,6 +288,8 @@ class Stability:
             for stabilizer in self.stabilizers.values():
                 metrics.update(stabilizer.metrics())
                 stabilizer.update(sums)
+            if self.governance is not None and self.governance.warning and dist.get_rank() == 0:
+                logger.warning(self.governance.warning)
             self.measures.update(sums)
             self.applied_steps += 1
             self.skipped_in_a_row = 0
@@ -305,9 +342,7 @@ class Stability:
         """
         vector = self.loss.evaluation.vector()
         self.loss.evaluation.reset()
-        count = len(TOKEN_FIELDS)
-        padding = torch.zeros(len(STEP_FIELDS), dtype=torch.float64, device=self.device)
-        sums = reduce_step(torch.cat([vector[:count], padding, vector[count:]]), self.group)
+        sums = reduce_tokens(vector, self.group)
         metrics = token_metrics(sums, self.loss.high_frequency_V is not None)
         self.restart_clock()
         names = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
@@ -354,28 +389,6 @@ class Stability:
         if dist.get_rank(group=self.group) == 0:  # the sums are global already: one rank brings them in again
             self.meter.sums += torch.tensor(state["update_meter"], dtype=torch.float64, device=self.device)
         self._prepare()
-
-
-def causal_lm(module: torch.nn.Module):
-    """The transformers model below `module` (through PEFT) whose loss is ForCausalLMLoss, or None."""
-    from transformers import PreTrainedModel
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    peft = sys.modules.get("peft")  # a PEFT model cannot exist before peft was imported
-    if peft is not None and isinstance(module, peft.PeftModel):
-        module = module.get_base_model()
-    if not isinstance(module, PreTrainedModel) or not module.can_generate():
-        return None
-    function = module.loss_function
-    return module if function is ForCausalLMLoss or isinstance(function, StabilityLoss) else None
-
-
-def has_pretrained_weights(model) -> bool:
-    """Best guess for a missing warmup_steps: a model made by from_pretrained knows where its weights came from.
-
-    A fresh model whose config came from a folder or the hub looks the same: state controller.warmup_steps there.
-    """
-    return model is not None and bool(model.name_or_path) and not model.name_or_path.endswith(".json")
 
 
 def _training_part(block: dict) -> dict:

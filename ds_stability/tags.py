@@ -20,7 +20,7 @@ OPEN_PREFIXES = ("eval/", "probe/")
 
 TAGS: dict[str, Tag] = {
     "step": Tag("steps", "n", "engine", "optimizer steps since the start of the run, skipped ones included"),
-    "loss": Tag("nats", "sum(w/wbar * s) / D, plus regularization", "loss", "what is optimized; D is the stock loss's divisor"),
+    "loss": Tag("nats", "sum(w/wbar * (s - b H)) / D, plus regularization", "loss", "what is optimized; D is the stock loss's divisor, b the entropy bonus"),
     "cross_entropy": Tag("nats", "mean(s)", "loss", "plain, unweighted cross-entropy of the training batch"),
     "learning_rate": Tag("-", "of the first parameter group", "scheduler", "learning rate of this step"),
     "grad_norm": Tag("-", "|g|", "DeepSpeed", "global gradient norm, loss scale divided out, before any clipping"),
@@ -32,11 +32,19 @@ TAGS: dict[str, Tag] = {
     "stability/gain": Tag("-", "solve(ratio(gain) = target) + trim", "controller", "token weight is exp(-gain z); above 0 damps surprising tokens"),
     "stability/variance_ratio": Tag("-", "Var_w(s) / Var(s)", "statistics", "share of the variance of surprisal that is left in the training signal"),
     "stability/target_ratio": Tag("-", "1 - level", "controller", "what the controller steers the variance ratio to after warm-up"),
-    "stability/saturated": Tag("0/1", "no gain <= gain_max reaches the target", "controller", "1 when the level asked for is out of reach"),
+    "stability/saturated": Tag("0/1", "no gain <= gain_max reaches the target; governor: |output| = output_limit", "controller", "1 when the level, or the governor's set point, is out of reach"),
     "stability/trim": Tag("-", "kp e + ki sum(e), |trim| <= trim_max", "controller", "correction of the solved gain by the PI loop"),
     "stability/mu": Tag("nats", "EMA E[s]", "controller", "mean with which this step standardizes surprisal"),
     "stability/sigma": Tag("nats", "sqrt(EMA E[s^2] - mu^2)", "controller", "standard deviation with which this step standardizes surprisal"),
     "stability/mean_weight": Tag("-", "wbar = E[w] over the smoothed histogram", "controller", "predicted mean token weight, which the weights are divided by"),
+    # the governor, in place of level, target_ratio and trim
+    "stability/governor_statistic": Tag("nats or 0..1", "mean(H), mean(max p) or the high-frequency mass, unweighted", "governor", "the last measurement before this step, on the held-out probe or the training step; what the governor holds"),
+    "stability/governor_target": Tag("nats or 0..1", "the number, the untouched model's value, or the probe's cross-entropy", "governor", "where the set point ends"),
+    "stability/governor_setpoint": Tag("nats or 0..1", "from the value at the end of warm-up to the target in setpoint_ramp_steps", "governor", "set point in force in this step"),
+    "stability/governor_error": Tag("nats or 0..1", "set point - statistic", "governor", "what the governor works on, before the dead band"),
+    "stability/governor_output": Tag("-", "follows kp e + I by slew_rate, |output| <= output_limit", "governor", "above 0 spreads the distribution: gain = -output, or entropy bonus = output"),
+    "stability/governor_integral": Tag("-", "I = ki sum(e), still at a limit", "governor", "integral part of the governor's output"),
+    "stability/entropy_bonus": Tag("-", "b in the objective s - b H", "governor", "coefficient of the entropy bonus; below 0 a penalty"),
     # the meter
     "stability/surprisal": Tag("nats", "mean(s)", "loss", "mean surprisal of the training tokens"),
     "stability/surprisal_variance": Tag("nats^2", "E[s^2] - E[s]^2", "statistics", "variance of surprisal"),

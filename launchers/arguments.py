@@ -84,6 +84,10 @@ class StabilityArguments:
     stability_level: str | None = field(
         default=None, metadata={"help": "level 0..1, or a schedule 0:0,200:0.5 over steps; replaces the block's level"}
     )
+    stability_target: str | None = field(
+        default=None,
+        metadata={"help": "initial, data or a number: the governor's set point; turns the governor on in place of a level"},
+    )
     stability_loss_path: str | None = field(
         default=None, metadata={"help": "stock, chunked or linear: the loss path; linear makes a level-0 run match those above 0"}
     )
@@ -158,6 +162,10 @@ def parse_command(argv: list[str]) -> Command:
     if not held_out and str(training["eval_strategy"]) not in ("no", "IntervalStrategy.NO"):
         raise UserError(f"--eval_strategy {training['eval_strategy']} needs held-out data; give --validation_file or a "
                         "--validation_split_percentage above 0, or leave it out")
+    if stability.controller.needs_probe and not held_out:
+        raise UserError(f"the governor (stability.controller.target {stability.controller.target}, probe_interval "
+                        f"{stability.controller.probe_interval}) measures on held-out text; give --validation_file or a "
+                        "--validation_split_percentage above 0")  # fmt: skip
     if data.streaming and training["max_steps"] <= 0:
         raise UserError("--streaming has no known length: give --max_steps, the number of optimizer steps to train")
     if data.block_size < 2:
@@ -237,6 +245,11 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     if not training["deepspeed"]:
         raise UserError("--deepspeed is not given; give a DeepSpeed config, for example ds_configs/zero3_bf16.json")
     ds_config, stability = split_config(load_ds_config(training["deepspeed"]))
+    if flags.stability_level is not None and flags.stability_target is not None:
+        raise UserError(f"--stability_level {flags.stability_level} and --stability_target {flags.stability_target} exclude each "
+                        "other: a level concentrates the model, the governor holds it where it is; give one")  # fmt: skip
+    if flags.stability_target is not None:
+        stability = stability.with_target(flags.stability_target)
     if flags.stability_level is not None:
         stability = stability.with_level(parse_level_flag(flags.stability_level), "--stability_level")
     block = stability.to_dict()

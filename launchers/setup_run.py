@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainerCallback
@@ -15,9 +16,10 @@ from transformers.trainer_utils import SaveStrategy
 
 from ds_stability import engine_of
 from ds_stability.checkpoint_files import remove_remains
-from ds_stability.console import agree
+from ds_stability.console import agree, global_rank
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
-from ds_stability.data.packing import IGNORE
+from ds_stability.data.overlap import overlapping_share
+from ds_stability.data.packing import IGNORE, PaddedBlocks
 from ds_stability.data.tokenizer import tokenizer_hash
 from ds_stability.errors import AlarmStoppedError, StoppedError, UserError
 from ds_stability.integrations.alarm import Alarm, blocks_of_file
@@ -137,8 +139,26 @@ def _hosts() -> list[str]:
     ]
 
 
+def governor_sequences(blocks: Any, count: int) -> list[dict[str, Any]]:
+    """`count` held-out blocks for the governor, evenly spaced: the first ones may all come from one file."""
+    blocks = blocks.blocks if isinstance(blocks, PaddedBlocks) else blocks
+    places = np.unique(np.linspace(0, len(blocks) - 1, min(count, len(blocks))).round().astype(int))
+    return [blocks[int(place)] for place in places]
+
+
+def warn_of_overlap(command: Command, train_data: Any, eval_data: Any) -> None:
+    """Say on rank 0 when what the governor measures on is trained on as well. A stream is not looked into."""
+    if not command.stability.controller.needs_probe or command.data.streaming or global_rank() != 0:
+        return
+    sequences = governor_sequences(eval_data, command.stability.controller.probe_size)
+    share = overlapping_share(sequences, (train_data[index] for index in range(len(train_data))))
+    if share > 0:
+        print(f"warning: {share:.0%} of the governor's held-out sequences stand in the training data as well; a model is "
+              "calibrated there on what it has memorized: give other text as --validation_file", flush=True)  # fmt: skip
+
+
 class RunCallback(TrainerCallback):
-    """Gives the engine the high-frequency set and the probe, and asks for the last evaluation.
+    """Gives the engine the high-frequency set, what the governor measures on, and the probe, and asks for the last evaluation.
 
     Args:
         blocks: where prompts are cut from, if the block names no prompts_file.
@@ -158,6 +178,9 @@ class RunCallback(TrainerCallback):
         # Groups that DeepSpeed makes have torch's default of 30 minutes, whatever the first one was given.
         _set_pg_timeout(timedelta(seconds=args.ddp_timeout), engine.seq_data_parallel_group)
         engine.stability.set_high_frequency(list(self.frequent.token_ids), self.frequent.vocab_size)
+        if engine.stability.needs_held_out:
+            sequences = agree(lambda: governor_sequences(self.blocks, self.command.stability.controller.probe_size))
+            engine.stability.set_held_out(sequences)
         config = self.command.stability.probe
         if config.interval > 0:
             prompts = agree(lambda: self._prompts(config))

@@ -5,7 +5,8 @@
 
 Flags are those of transformers.TrainingArguments, the model and data flags of launchers/arguments.py, and
 --stability_level. `--config recipe.yaml` gives defaults for any flag. The level lives in the "stability" block of the
-DeepSpeed config; the flag replaces it. On a machine without GPUs set DS_ACCELERATOR=cpu.
+DeepSpeed config; the flag replaces it. --stability_target initial holds the model's diversity instead
+(docs/governor.md). On a machine without GPUs set DS_ACCELERATOR=cpu.
 
 Writes OUTPUT_DIR/{manifest.json, metrics.jsonl, tensorboard/, samples/, checkpoint-N/, high_frequency.json, final/, DONE}.
 Success is the file DONE. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 3 too many steps in a
@@ -51,6 +52,7 @@ from ds_stability.launchers.setup_run import (  # noqa: E402
     run_identity,
     settings_identity,
     start_run,
+    warn_of_overlap,
 )
 from ds_stability.launchers.world_size import LoadedOnce, check_flags, convert_checkpoint, world_has_changed  # noqa: E402
 from ds_stability.preemption import StopSignals  # noqa: E402
@@ -151,7 +153,10 @@ def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokeni
         trainer.evaluate()  # a run that was resumed after its last step
     engine = engine_of(trainer.model)
     base_model(engine.module).config.get_text_config().use_cache = keeps_cache  # off while documents were packed
-    card = {"level": engine.stability.config.to_dict()["level"], "steps": trainer.state.global_step}
+    block = engine.stability.config.to_dict()
+    card = {"level": block["level"], "steps": trainer.state.global_step}
+    if engine.stability.config.governed:
+        card["governor"] = {key: block["controller"][key] for key in ("statistic", "target", "actuator")}
     export_model(engine, tokenizer, run.final, card, run.path / FILE_NAME)
     if engine.stability.recorder is not None:
         engine.stability.recorder.close()
@@ -212,6 +217,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     model = agree(lambda: build_model(command, config, tokenizer, args))
     check_exportable(model)
     enable()
+    agree(lambda: warn_of_overlap(command, train_data, eval_data))
     if eval_data is not None:
         eval_data = pad_to_multiple(eval_data, args.world_size * args.per_device_eval_batch_size)
     callback = RunCallback(command, run, tokenizer, train_data if eval_data is None else eval_data, frequent,

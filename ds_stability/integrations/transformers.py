@@ -14,7 +14,9 @@ weights as training used them, and TRL's fused head, which gathers its weight by
 import functools
 import logging
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import deepspeed
 import transformers
@@ -32,6 +34,7 @@ from ds_stability.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 _undo: list[Callable[[], None]] = []
+_training: list[weakref.ref] = []  # the trainer that trains now: callbacks are not told
 _rerouted: set[type] = set()  # trainer classes whose compute_loss is ours
 
 
@@ -48,12 +51,48 @@ def enable() -> None:
     callbacks = transformers.trainer.DEFAULT_CALLBACKS
     callbacks.append(StabilityCallback)
     _undo.append(lambda: callbacks.remove(StabilityCallback))
+    train = transformers.Trainer.train
+    transformers.Trainer.train = _remembered(train)
+    _undo.append(lambda: setattr(transformers.Trainer, "train", train))
 
 
 def disable() -> None:
     """Undo `enable`. Engines that were built in between stay as they are."""
     while _undo:
         _undo.pop()()
+
+
+def _remembered(train: Callable) -> Callable:
+    """`Trainer.train` during which the trainer is known to the callback, whose governor measures on its eval_dataset."""
+
+    @functools.wraps(train)
+    def wrapped(self, *args, **kwargs):
+        _training.append(weakref.ref(self))
+        try:
+            return train(self, *args, **kwargs)
+        finally:
+            _training.pop()
+
+    return wrapped
+
+
+def _held_out(count: int) -> Iterator[dict]:
+    """The first `count` rows of the trainer's eval_dataset, each through its data collator; on every rank alike.
+
+    Raises:
+        StabilityConfigError: there is none.
+    """
+    trainer = _training[-1]() if _training else None
+    rows = trainer.eval_dataset if trainer is not None else None
+    if isinstance(rows, dict):
+        rows = next(iter(rows.values()), None)
+    if rows is None:
+        raise StabilityConfigError(
+            "the governor (stability.controller) measures on held-out text, and the trainer has no eval_dataset; give it one, or "
+            "give a number as the target and set stability.controller.probe_interval to 0"
+        )
+    for row in islice(iter(rows), count):
+        yield trainer.data_collator([row])
 
 
 def _initialize(*args, **kwargs):
@@ -154,6 +193,8 @@ class StabilityCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, processing_class=None, **kwargs):
         stability = self.engine.stability if self.engine is not None else None
+        if stability is not None and stability.needs_held_out:
+            stability.set_held_out(agree(lambda: list(_held_out(stability.config.controller.probe_size))))
         if stability is not None and stability.probe is None and stability.config.probe.interval > 0:
             stability.probe = agree(lambda: _make_probe(self.engine, processing_class, args))
             if stability.config.alarm.action != "off":
@@ -181,7 +222,7 @@ class StabilityCallback(TrainerCallback):
         """Show in the progress log that the level is reached."""
         if self.engine is None or "loss" not in logs:
             return
-        for key in ("level", "variance_ratio", "entropy"):
+        for key in ("level", "variance_ratio", "governor_statistic", "governor_target", "entropy"):
             value = self.engine.stability.metrics.get(f"stability/{key}")
             if value is not None:
                 logs[key] = round(value, 4)

@@ -17,6 +17,7 @@ FOUR = {
 }
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 1}
+GOVERNED = {"controller": {"mode": "governor", "warmup_steps": 1, "setpoint_ramp_steps": 0, "probe_interval": 2, "probe_size": 6}}
 LORA = {"lora": True, "steps": 18, "block": {"level": 0.5, "controller": {"warmup_steps": 8, "ramp_steps": 2}},
         "arguments": {"learning_rate": 5e-2, "save_strategy": "steps", "save_steps": 10}}  # fmt: skip
 # Three accumulation steps do not divide an epoch of 16 micro-batches: its last step has one.
@@ -33,6 +34,9 @@ RUNS = {
     "two_sets": {"block": HALF, "arguments": EVALUATING, "evaluation": ["a", "b"]},
     "four": {"block": FOUR, "steps": 6, "arguments": SAVING},
     "four_resumed": {"block": FOUR, "steps": 6, "arguments": SAVING, "resume": {"run": "four", "step": 3}},
+    "governed": {"block": GOVERNED, "steps": 6, "arguments": SAVING, "evaluation": ["a"]},
+    "governed_resumed": {"block": GOVERNED, "steps": 6, "arguments": SAVING, "evaluation": ["a"], "resume": {"run": "governed", "step": 3}},
+    "governed_blind": {"block": GOVERNED},
     "other_level": {"block": {**HALF, "level": 0.4}, "steps": 6, "resume": {"run": "half", "step": 3}},
     "activation": {"block": HALF, "steps": 6, "arguments": {"activation_checkpointing": True}},
     "gradient": {"block": HALF, "steps": 6, "arguments": {"gradient_checkpointing": True,
@@ -279,3 +283,24 @@ def test_a_run_of_skipped_steps_ends_with_all_its_lines_written(runs):
     for text in errors(out, "not_finite"):
         assert text.startswith("SkippedStepsError: 2 optimizer steps in a row were skipped") and "\n" not in text
     assert [(row["step"], row["skipped"], row["loss"]) for row in lines(out / "not_finite")] == [(1, True, None), (2, True, None)]
+
+
+def test_the_governor_measures_on_the_eval_dataset(runs):
+    out, results, _ = runs
+    rows = [json.loads(line) for line in (out / "governed" / "metrics.jsonl").read_text().splitlines()]
+    values = [row["stability/governor_statistic"] for row in rows]
+    assert values[0] == rows[-1]["stability/governor_target"]  # before the first step: that of the untouched model
+    assert values[1] == values[2] != values[3] == values[4] != values[5]
+    assert rows[-1]["stability/gain"] != 0.0 and "governed" in results
+
+
+def test_a_governed_run_is_resumed_to_the_bit(runs):
+    _, results, _ = runs
+    assert equal(results["governed"]["weights"], results["governed_resumed"]["weights"])
+
+
+def test_a_governor_without_an_eval_dataset_stops_with_one_line(runs):
+    out, _, _ = runs
+    for rank in (0, 1):
+        text = (out / f"governed_blind.error.{rank}").read_text()
+        assert "the trainer has no eval_dataset; give it one" in text and "\n" not in text

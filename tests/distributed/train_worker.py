@@ -18,7 +18,7 @@ from deepspeed import comm as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 from host_syncs import HostSyncs  # noqa: E402
-from train_data import DEFAULTS, build_model, micro_batches, num_items  # noqa: E402
+from train_data import DEFAULTS, build_model, held_out, micro_batches, num_items  # noqa: E402
 
 import ds_stability  # noqa: E402
 
@@ -73,6 +73,8 @@ def make_engine(run, world):
     assert isinstance(engine, deepspeed.DeepSpeedEngine)
     if run["high_frequency"]:
         engine.stability.set_high_frequency(run["high_frequency"], run["vocab"])
+    if run["held_out"]:
+        engine.stability.set_held_out(held_out(run, dist.get_rank()))
     return engine
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))  # they are plain scripts: their folder is w
 import common  # noqa: E402
 import demo  # noqa: E402
 import figures  # noqa: E402
+import governor  # noqa: E402
 import overhead  # noqa: E402
 import render  # noqa: E402
 import smollm2  # noqa: E402
@@ -309,7 +310,7 @@ def test_command_writes_page_and_figures_and_checks_them(results, monkeypatch, c
 
 
 def test_pages_of_the_docs_have_every_section_and_are_up_to_date():
-    text = "".join((render.DOCS / page).read_text(encoding="utf-8") for page in ("results.md", "reliability.md"))
+    text = "".join((render.DOCS / page).read_text(encoding="utf-8") for page in (*render.PAGES, "reliability.md"))
     assert all(f"<!-- generated: {name} -->" in text for name in render.SECTIONS)
     assert render.filled(text, render.DOCS / "results") == text, "run make docs"
 
@@ -324,3 +325,35 @@ def test_figure_draws_every_row_that_is_known(tmp_path, monkeypatch):
     assert list(entropy.containers[0].lines[0].get_ydata()) == [4.0, 3.0]
     assert list(ratio.containers[0].lines[0].get_xdata()) == [0.0]
     assert any(list(line.get_ydata()) == [5.0, 5.0] for line in entropy.lines)
+
+
+# ---- the governor's benchmark -----------------------------------------------------------------------------------------
+
+
+def governor_row(actuator, target, over, miss, cost):
+    return {"seed": 0, "actuator": actuator, "target": target, "over_natural": over, "miss": miss, "cost": cost, "entropy": 4.2,
+            "cross_entropy": 3.9, "top1_mass": 0.25, "output": None if actuator is None else 0.2, "seconds_mean": 0.1}  # fmt: skip
+
+
+def test_the_verdict_on_the_governor_knows_its_bounds():
+    rows = [governor_row(None, None, None, None, None), governor_row("token_weight", 3.9, 1.0, 0.004, 0.006),
+            governor_row("token_weight", 4.29, 1.1, -0.009, 0.019), governor_row("entropy_bonus", 4.29, 1.1, -0.011, -0.3),
+            governor_row("entropy_bonus", "data", None, 0.2, 0.2)]  # fmt: skip
+    lines = governor.verdict(rows).splitlines()
+    assert ["not met" in line for line in lines] == [True, False, True]
+    header, body = governor.governor_table(rows)
+    assert len(body) == len(rows) + len(governor.PROTOTYPE) and all(len(line) == len(header) for line in body)
+    assert body[1][3] == "+0.40 %" and body[2][1] == "4.290 (1.10)" and body[0][1] == "-" and body[4][1] == "data"
+
+
+def test_cells_of_the_governor_are_commands_that_train_accepts(tmp_path, monkeypatch):
+    from ds_stability.launchers.arguments import parse_command
+
+    monkeypatch.setattr(sys, "argv", ["governor.py", "--num_gpus", "2"])
+    arguments = governor.parse_arguments()
+    cells = [cell for cell, _, _ in governor.governed_cells(0, 3.9, arguments, tmp_path)]
+    assert len(cells) == 6
+    for cell in cells:
+        flags = {**cell.flags, "high_frequency_file": None, "output_dir": str(tmp_path / cell.name)}
+        command = parse_command(training.flag_words(flags))
+        assert command.stability.governed and command.stability.controller.warmup_steps == governor.WARMUP

@@ -74,7 +74,7 @@ def test_an_explicit_null_is_not_called_a_default(inspect):
     _, out, _ = inspect({**GOOD, "stability": {"controller": {"warmup_steps": None}}}, "--json")
     key = next(key for key in json.loads(out)["keys"] if key["path"] == "controller.warmup_steps")
     assert key == {"path": "controller.warmup_steps", "value": None, "origin": "file",
-                   "remark": "10 from pretrained weights, 100 from scratch"}  # fmt: skip
+                   "remark": "10 from pretrained weights, 100 from scratch (250 for a governor)"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -167,3 +167,8 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     command = f"set -o pipefail; {sys.executable} -m ds_stability.cli inspect {path} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_governor_is_the_reason_for_the_loss_path(inspect):
+    _, out, _ = inspect({**GOOD, "stability": {"controller": {"mode": "governor", "target": 3.5}}})
+    assert "loss path: chunked (the governor of entropy acts through it)" in out

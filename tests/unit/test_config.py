@@ -42,6 +42,12 @@ FULL = {
 }  # fmt: skip
 
 
+GOVERNOR = {
+    "mode": "governor", "warmup_steps": 7, "statistic": "top1_mass", "target": 0.25, "actuator": "entropy_bonus", "start": "alarm", "kp": 0.5, "ki": 0,
+    "dead_band": 0.01, "slew_rate": 0.5, "output_limit": 2, "setpoint_ramp_steps": 0, "probe_interval": 0, "probe_size": 3,
+}  # fmt: skip
+
+
 def parse(**block):
     return StabilityConfig.parse(block)
 
@@ -62,7 +68,10 @@ def test_the_empty_block_is_plain_training():
 
 def test_every_key_can_be_set_and_is_kept():
     cfg = StabilityConfig.parse(FULL)
-    assert cfg.to_dict() == {**FULL, "stabilizers": {
+    defaults = parse().to_dict()["controller"]
+    assert set(defaults) == set(FULL["controller"]) | set(GOVERNOR)
+    assert parse(controller=GOVERNOR).to_dict()["controller"] == {**defaults, **GOVERNOR}
+    assert cfg.to_dict() == {**FULL, "controller": {**defaults, **FULL["controller"]}, "stabilizers": {
         "feedback": {"level": 0.25, "permute": True, "replay": "a.jsonl"},
         "clipping": {"level": 0.2, "ema_decay": 0.9},
         "averaging": {"level": None, "beta_max": 0.9},
@@ -111,6 +120,8 @@ def test_absent_families_are_off():
         ({"stabilizers": {"regularization": {"level": 0.1, "kind": "init_decay"}}, "loss_path": "stock"}, "stock"),
         ({"level": 0, "loss_path": "chunked"}, "chunked"),
         ({"level": 0, "loss_path": "linear"}, "linear"),
+        ({"controller": {"mode": "governor"}}, "linear"),
+        ({"controller": {"mode": "governor"}, "stabilizers": {"clipping": {"level": 0.2}}}, "linear"),
     ],
 )
 def test_loss_path(block, path):
@@ -420,3 +431,42 @@ def test_any_json_value_either_round_trips_or_gives_one_line(block):
     assert StabilityConfig.parse(resolved.to_dict()) == resolved
     for name in cfg.families:
         assert 0.0 <= cfg.family_level(name, 17) <= cfg.max_level(name) <= 1.0
+
+
+# ---- the governor -----------------------------------------------------------------------------------------------------
+
+
+def test_the_governor_waits_longer_from_scratch():
+    block = parse(controller={"mode": "governor"})
+    assert block.active and block.governed and not parse().governed
+    assert (block.resolve(pretrained=True).controller.warmup_steps, block.resolve(pretrained=False).controller.warmup_steps) == (10, 250)
+    assert parse(controller={"mode": "governor", "warmup_steps": 3}).resolve(pretrained=False).controller.warmup_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("control", "needs"),
+    [
+        ({"mode": "level"}, False),
+        ({"mode": "governor"}, True),
+        ({"mode": "governor", "target": 4.5}, True),
+        ({"mode": "governor", "target": 4.5, "probe_interval": 0}, False),
+        ({"mode": "governor", "target": "initial", "probe_interval": 0}, True),
+    ],
+)
+def test_when_the_governor_needs_held_out_text(control, needs):
+    assert parse(controller=control).controller.needs_probe is needs
+
+
+def test_a_target_replaces_the_level():
+    block = parse(level=0.5, controller={"gain_max": 4, "warmup_steps": 9})
+    for text, target in (("4.5", 4.5), ("initial", "initial"), ("data", "data"), ("0", 0.0)):
+        governed = block.with_target(text)
+        assert governed.level == 0.0 and governed.governed and governed.controller.target == target
+        assert governed.controller.warmup_steps == 9 and governed.controller.gain_max == 8.0
+
+
+@pytest.mark.parametrize("text", ["", "nan", "inf", "-1", "first", "4.5 nats", "1e3", "\0"])
+def test_a_wrong_target_flag_is_one_line(text):
+    with pytest.raises(StabilityConfigError, match="^--stability_target: .* is not allowed; must be a number") as error:
+        parse().with_target(text)
+    assert "\n" not in str(error.value)

@@ -33,7 +33,13 @@ paths = st.sampled_from(["high_frequency.json", "runs/a/metrics.jsonl", "\N{LATI
 # What is right for each key; the nearly right and the hostile replace it here and there.
 SECTIONS = {
     "controller": {"warmup_steps": st.none() | steps, "ramp_steps": steps, "gain_max": st.floats(0, 50, exclude_min=True),
-                   "trim_kp": st.floats(0, 10), "trim_ki": st.floats(0, 10), "trim_max": st.floats(0, 50)},
+                   "trim_kp": st.floats(0, 10), "trim_ki": st.floats(0, 10), "trim_max": st.floats(0, 50),
+                   "mode": st.sampled_from(["level", "governor"]), "actuator": st.sampled_from(["token_weight", "entropy_bonus"]),
+                   "statistic": st.sampled_from(["entropy", "top1_mass", "high_frequency_mass"]),
+                   "target": st.sampled_from(["initial", "data"]) | st.floats(0, 1), "kp": st.floats(0, 100), "ki": st.floats(0, 10),
+                   "dead_band": st.floats(0, 1, exclude_max=True), "slew_rate": st.floats(0, 50, exclude_min=True),
+                   "output_limit": st.floats(0, 8, exclude_min=True), "setpoint_ramp_steps": steps, "probe_interval": steps,
+                   "probe_size": counts, "start": st.sampled_from(["warmup", "alarm"])},
     "statistics": {"high_frequency_coverage": shares, "high_frequency_file": st.none() | paths, "ema_decay": shares,
                    "interval": st.just(1) | counts, "gradient_noise_scale": st.booleans(), "update_ratio_interval": steps,
                    "chunk_size": st.none() | counts},
