@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 BLOCKS = 1024  # groups of tokens whose largest bound the k-th largest of all
+FACTORS = (64, 8)  # bounds of the nucleus that are tried before the one that holds in any case
 MARGIN = 1e-9  # relative; bounds are this much lower than they need be, far above any rounding
 
 
@@ -31,8 +32,7 @@ def draw_truncated(shifted_V: np.ndarray, exp_V: np.ndarray, temperature: float,
     else:
         weights_V = exp_V if temperature == 1 else _exp(shifted_V / temperature)
         total = weights_V.sum()
-        # Lighter tokens than this hold less than 1 - top_p together: the nucleus is complete before any of them.
-        tokens_C = np.flatnonzero(weights_V >= (1 - top_p) * total / len(weights_V) * (1 - MARGIN))
+        tokens_C = _heavy_enough(weights_V, total, top_p)
         weights_C = weights_V[tokens_C]
     if top_p < 1:
         kept_C = weights_C >= _least_of_nucleus(weights_C, top_p * total)
@@ -42,6 +42,17 @@ def draw_truncated(shifted_V: np.ndarray, exp_V: np.ndarray, temperature: float,
     # As decoding._draw: never a token of weight 0, nor beyond the last where the product rounds to the sum.
     place = min(np.searchsorted(cumulative_C, uniform * last, side="right"), np.searchsorted(cumulative_C, last))
     return int(tokens_C[place])
+
+
+def _heavy_enough(weights_V: np.ndarray, total: float, top_p: float) -> np.ndarray:
+    """Tokens among which the nucleus is complete: the heaviest ones, few of them."""
+    # Lighter tokens than `least` hold less than 1 - top_p together, so that those above it will do; often far fewer do.
+    least = (1 - top_p) * total / len(weights_V) * (1 - MARGIN)
+    for factor in FACTORS:
+        tokens_C = np.flatnonzero(weights_V >= factor * least)
+        if weights_V[tokens_C].sum() > (top_p + (1 - top_p) * MARGIN) * total:
+            return tokens_C
+    return np.flatnonzero(weights_V >= least)
 
 
 def _exp(values: np.ndarray) -> np.ndarray:
