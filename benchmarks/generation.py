@@ -157,10 +157,12 @@ def title(result: dict[str, Any]) -> str:
 def generation_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(header, rows), one row per arm."""
     rows = []
+    columns = {"ratio": "ratio to generate, greedy [95 %]", "same_decoding": "ratio to generate, same decoding [95 %]"}
+    columns = {key: title for key, title in columns.items() if key in result["arms"][PLAIN]}  # older results have the first alone
     for name, arm in result["arms"].items():
-        cells = [f"{arm[key]:.3f} [{arm[f'{key}_interval'][0]:.3f}, {arm[f'{key}_interval'][1]:.3f}]" for key in ("ratio", "same_decoding")]
+        cells = [f"{arm[key]:.3f} [{arm[f'{key}_interval'][0]:.3f}, {arm[f'{key}_interval'][1]:.3f}]" for key in columns]
         rows.append([name, common.number(arm["tokens_per_second"], 0), *cells])
-    return ["generation", "tokens per second", "ratio to generate, greedy [95 %]", "ratio to generate, same decoding [95 %]"], rows
+    return ["generation", "tokens per second", *columns.values()], rows
 
 
 if __name__ == "__main__":
