@@ -19,9 +19,12 @@ import figures
 import generation
 import governor
 import headline
+import load_once
 import metric_speed
+import million
 import overhead
 import smollm2
+import sweep_cost
 
 from ds_stability.run_dir import write_atomic
 
@@ -158,6 +161,18 @@ def generation_section(result: dict[str, Any]) -> str:
     return f"{generation.title(result)}:\n\n{common.markdown_table(*generation.generation_table(result))}"
 
 
+def million_section(result: dict[str, Any]) -> str:
+    return common.markdown_table(*million.million_table(result))
+
+
+def load_once_section(result: dict[str, Any]) -> str:
+    return f"{result['model']}:\n\n{common.markdown_table(*load_once.load_table(result))}"
+
+
+def sweep_cost_section(result: dict[str, Any]) -> str:
+    return common.markdown_table(*sweep_cost.sweep_table(result))
+
+
 def metric_speed_section(result: dict[str, Any]) -> str:
     whole, settings = result["all"], result["settings"]
     return (f"All {whole['metrics']} metrics of samples with their intervals, {settings['texts']} texts of {settings['tokens']} tokens: "
@@ -183,9 +198,11 @@ def faults_section(result: dict[str, Any]) -> str:
 
 SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "overhead": overhead_section, "headline": headline_section,
             "arms": arms_section, "pretrained": pretrained_section, "generation": generation_section,
+            "million": million_section, "load_once": load_once_section, "sweep_cost": sweep_cost_section,
             "metric_speed": metric_speed_section, "faults": faults_section, "governor": governor_section}  # fmt: skip
 SAME_FILE = {"arms": "headline"}  # sections that show another part of a results file
-DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults", "governor")
+DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults", "million", "load_once", "sweep_cost",
+                   "governor")  # fmt: skip
 
 
 def draw(results: Path, folder: Path) -> list[Path]:

@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 
 from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import UserError
-from ds_stability.objectives.config import parse_objective_flag
 from ds_stability.launchers.sweep_values import (
     BLOCK,
     BLOCK_FLAGS,
@@ -68,6 +67,7 @@ DEFAULT_SEED = 42  # transformers.TrainingArguments
 HASH_DIGITS = 8
 NEXT = "next"
 _REFERENCE = re.compile(r"\{cell:([^{}]*)\}")
+from ds_stability.objectives.config import parse_objective_flag
 
 
 @dataclass(frozen=True)
