@@ -18,7 +18,6 @@ from typing import Any
 
 import common
 import numpy as np
-import overhead
 import torch
 import training
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -130,7 +129,7 @@ def summarize(seconds: dict[str, list[float]], tokens: int) -> dict[str, dict[st
             "tokens_per_second": tokens / statistics.median(values),
             "ratios": ratios,
             "ratio": statistics.median(ratios),
-            "ratio_interval": overhead.bootstrap_median(ratios),
+            "ratio_interval": common.bootstrap_median(ratios),
         }
     return arms
 
