@@ -166,8 +166,9 @@ class StabilityConfig(_Section):
     controller: ControllerConfig = Field(ControllerConfig(), description="the feedback loop")
     statistics: StatisticsConfig = Field(StatisticsConfig(), description="what is measured at every step")
     probe: ProbeConfig = Field(ProbeConfig(), description="generation during training")
-    loss_path: Literal["stock", "chunked"] | None = Field(
-        None, description="the model's own loss with statistics beside it, or ours; null = stock if nothing is above 0"
+    loss_path: Literal["stock", "chunked", "linear"] | None = Field(
+        None, description="the model's own loss with statistics beside it, ours from the logits, or ours from the hidden states; "
+        "null = stock if nothing is above 0, else linear",
     )
     max_skipped_steps: _Count = Field(10, description="skipped optimizer steps in a row that end the run")
 
@@ -176,7 +177,7 @@ class StabilityConfig(_Section):
         if self.loss_path == "stock" and self._acts_through_loss():
             raise InvalidValue(
                 ".loss_path", "stock",
-                '"chunked" or null, as feedback, z_loss and label_smoothing above level 0 act through the chunked loss',
+                '"linear", "chunked" or null, as feedback, z_loss and label_smoothing above level 0 act through our loss',
             )  # fmt: skip
         feedback = self.families.get("feedback")
         if feedback is not None and (feedback.permute or feedback.replay) and self.max_level("feedback") == 0:
@@ -188,7 +189,7 @@ class StabilityConfig(_Section):
         if self.statistics.interval != 1 and self.resolved_loss_path != "stock":
             raise InvalidValue(
                 ".statistics.interval", self.statistics.interval,
-                "1 unless loss_path is stock, as the chunked loss and its controller need every step",
+                "1 unless loss_path is stock, as our loss and its controller need every step",
             )  # fmt: skip
         return self
 
@@ -233,9 +234,12 @@ class StabilityConfig(_Section):
         return penalized or self.max_level("feedback") > 0
 
     @property
-    def resolved_loss_path(self) -> Literal["stock", "chunked"]:
-        """The loss path of the run: as asked, else stock if no family is ever above level 0."""
-        return self.loss_path or ("chunked" if self.active else "stock")
+    def resolved_loss_path(self) -> Literal["stock", "chunked", "linear"]:
+        """The loss path of the run: as asked, else stock if no family is ever above level 0, else linear.
+
+        A model whose head is not recognized takes the chunked loss for linear (`fused_head.py`).
+        """
+        return self.loss_path or ("linear" if self.active else "stock")
 
     def with_level(self, level: Schedule, source: str = BLOCK) -> "StabilityConfig":
         """This block at another level (the `--stability_level` flag). Families with a level of their own keep it."""

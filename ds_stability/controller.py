@@ -24,6 +24,7 @@ class Setting:
     mu: float = 0.0  # nats
     sigma: float = 1.0  # nats
     mean_weight: float = 1.0
+    entropy_bonus: float = 0.0  # b: the objective of token i becomes objective_i - b * entropy_i, weighted alike
 
 
 @dataclass

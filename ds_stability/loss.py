@@ -5,7 +5,8 @@ Shape suffixes: B batch, T sequence, V vocabulary, N tokens of a micro-batch (B 
 `StabilityLoss` takes the place of a transformers model's `loss_function` (transformers/modeling_utils.py, property
 `loss_function`): it gets the final logits, after soft-capping and scaling, so it is right for every architecture that
 calls it. In the chunked path no [tokens, vocab] fp32 tensor outlives a chunk: the forward keeps the logits (in their own
-dtype) and a coefficient per token, the backward recomputes the softmax chunk by chunk.
+dtype) and a coefficient per token, the backward recomputes the softmax chunk by chunk. In the linear path there are no
+logits: the model's head has computed the loss (`fused_head.py`), and what comes here as logits is its carrier.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,8 @@ Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 #: Elements of one fp32 chunk: 64 MiB on an accelerator; a few times the L2 cache on a CPU.
 CHUNK_ELEMENTS = {"cpu": 2**21}
 CHUNK_ELEMENTS_DEFAULT = 2**24
+#: Tokens whose histogram is counted at a time: [bins, tokens] fp64 stays at 2 MiB.
+COUNT_TOKENS = 4096
 
 
 def cross_entropy(logits_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
@@ -138,7 +141,7 @@ class StabilityLoss:
     Args:
         module: the model; only its `training` flag is read.
         stock: the model's own loss function, used at level 0 and in evaluation.
-        chunked: use the chunked weighted loss in training (the path is chosen once per run).
+        chunked: use our weighted loss in training, in chunks over tokens (the path is chosen once per run).
         chunk_size: tokens per chunk; None chooses from memory.
 
     Attributes:
@@ -149,6 +152,7 @@ class StabilityLoss:
         permutation_step: the applied step that seeds a permutation of the weights (a control experiment), or None for none.
             The recorded weighted moments stay those of the weights in place; the recorded loss is the one optimized.
         rank: of this process, another part of that seed.
+        head: the `FusedHead` that computes the loss in the model's head (the linear path), or None.
         train, evaluation: accumulators. on_backward(grad_output, denominator, tokens) is told of every backward.
     """
 
@@ -162,6 +166,13 @@ class StabilityLoss:
         self.rank = 0
         self.interleaved = False  # refuse a second forward before the backward of the first
         self.on_backward: Callable | None = None
+        self.head = None
+
+    def release(self) -> None:
+        """Another engine takes the model: its head computes no more for this loss."""
+        if self.head is not None:
+            self.head.release()
+            self.head = None
 
     def require_used(self) -> None:
         """At a step boundary: the chunked loss must have been called, and its gradient asked for.
@@ -184,6 +195,9 @@ class StabilityLoss:
     def __call__(self, logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=IGNORE_INDEX,
                  shift_labels=None, **kwargs):  # fmt: skip
         """Scalar loss. Arguments as in transformers/loss/loss_utils.py, ForCausalLMLoss."""
+        taken = self.head.take(logits, labels, shift_labels, ignore_index) if self.head is not None else None
+        if taken is not None:
+            return self._finished(*taken, num_items_in_batch)
         targets_N = _shift(labels, ignore_index) if shift_labels is None else shift_labels.reshape(-1)
         targets_N = targets_N.to(logits.device)
         logits_NV = logits.reshape(-1, logits.shape[-1])
@@ -212,34 +226,57 @@ class StabilityLoss:
         denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         objective_N, weight_N = weighted_N
         if self.permutation_step is not None:
-            weight_N = self._permuted(weight_N, objective_N, mask_N)
+            in_place_N, weight_N = weight_N, self.permuted(weight_N, mask_N)
+            change_N = (weight_N.double() - in_place_N.double()) / self.setting.mean_weight * objective_N.double()
+            self.train.sums_K[TOKEN_FIELDS.index("loss")] += torch.where(mask_N, change_N, 0.0).sum()
         coefficient_N = torch.where(mask_N, weight_N / self.setting.mean_weight / denominator, 0.0)
         loss_sum = torch.where(mask_N, coefficient_N * objective_N, 0.0).sum()
         # A non-finite surprisal can still have a finite gradient; every rank has to see that this step is lost.
         coefficient_N = torch.where(loss_sum.isfinite(), coefficient_N, torch.nan)
         chunk = chunk_tokens(logits_NV, self.chunk_size)
         labels_N = torch.where(mask_N, targets_N, 0)
+        self.refuse_second_forward()
+        self.forwards += 1
+        return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective, chunk,
+                                   lambda grad: self._report(grad, denominator, tokens))  # fmt: skip
+
+    def refuse_second_forward(self) -> None:
+        """Raises StabilityConfigError where ZeRO-3 would lose the gradients of the forward before."""
         if self.interleaved and self.forwards > self.backwards:
             raise StabilityConfigError(
                 "a second forward came before a backward through the loss of the first: either the training loss did not "
                 "pass through the model's loss function (set stability.level to 0), or two losses are added up, with which "
                 "DeepSpeed's ZeRO-3 loses gradients (call backward after each forward)"
             )
-        self.forwards += 1
-        return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective, chunk,
-                                   lambda grad: self._report(grad, denominator, tokens))  # fmt: skip
+
+    def _finished(self, loss, tokens, num_items_in_batch):
+        """The loss that the head has computed, divided; `loss` is a sum over `tokens` (linear_loss.Tokens)."""
+        self._record_finished(tokens)
+        count = tokens.mask_N.sum()
+        denominator = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.where(count > 0, denominator, 1)  # Trainer's denominator may be 0 then
+        self._watch(loss, denominator, count)
+        return loss
 
     @torch.no_grad()
-    def _permuted(self, weight_N, objective_N, mask_N):
-        """The weights of the supervised tokens of this micro-batch in random order; the recorded loss follows."""
+    def _record_finished(self, tokens) -> None:
+        s, loss = tokens["surprisal"].double(), tokens["weight"].double() / self.setting.mean_weight * tokens["objective"].double()
+        w = token_weights(tokens["surprisal"], self.setting).double()  # in place, where `tokens` has permuted ones
+        rest = [tokens[name].double() for name in ("entropy", "top1_mass", "log_partition", "high_frequency_mass")]
+        rows_KN = torch.stack([torch.ones_like(s), s, s * s, w, w * s, w * s * s, w * w, *rest, loss])
+        for start in range(0, rows_KN.shape[1], COUNT_TOKENS):
+            part = slice(start, start + COUNT_TOKENS)
+            self.train.add(rows_KN[:, part], tokens.mask_N[part])
+
+    @torch.no_grad()
+    def permuted(self, weight_N, mask_N):
+        """The weights of the supervised tokens of this micro-batch in random order."""
         seed = (self.permutation_step * 65_537 + self.forwards) * 65_537 + self.rank
         keys_N = torch.rand(len(weight_N), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         order_N = torch.where(mask_N, keys_N.to(mask_N.device), 2.0).argsort()  # supervised tokens first, shuffled
         places_N = (~mask_N).to(torch.int8).argsort(stable=True)  # supervised tokens first, in their order
         permuted_N = torch.empty_like(weight_N)
         permuted_N[places_N] = weight_N[order_N]
-        change_N = (permuted_N.double() - weight_N.double()) / self.setting.mean_weight * objective_N.double()
-        self.train.sums_K[TOKEN_FIELDS.index("loss")] += torch.where(mask_N, change_N, 0.0).sum()
         return permuted_N
 
     @torch.no_grad()

@@ -120,20 +120,37 @@ class Stability:
         self.stabilizers = {name: part for name, part in parts.items() if part is not None}
 
     def _install_loss(self, model, engine) -> StabilityLoss | None:
-        chunked = self.config.resolved_loss_path == "chunked"
+        path = self.config.resolved_loss_path
+        ours = path != "stock"
         if model is None:
-            if chunked or self.config.active:
+            if ours or self.config.active:
                 raise StabilityConfigError(
                     f"{type(engine.module).__name__} does not compute its loss with transformers' ForCausalLMLoss, which a "
                     "level above 0 acts through; train a transformers causal LM, or set stability.level to 0"
                 )
             return None
-        stock = model.loss_function.stock if isinstance(model.loss_function, StabilityLoss) else model.loss_function
-        loss = StabilityLoss(model, stock, chunked, self.device, self.config.statistics.chunk_size)
+        stock = model.loss_function
+        if isinstance(stock, StabilityLoss):  # of an earlier engine
+            stock.release()
+            stock = stock.stock
+        loss = StabilityLoss(model, stock, ours, self.device, self.config.statistics.chunk_size)
         loss.rank = dist.get_rank(group=self.group)
-        loss.interleaved = chunked and engine.zero_optimization_stage() == 3
+        loss.interleaved = ours and engine.zero_optimization_stage() == 3
+        if path == "linear":
+            self._fuse_head(model, loss, engine.module)
         model.loss_function = loss
         return loss
+
+    def _fuse_head(self, model, loss: StabilityLoss, root) -> None:
+        """Let the model's head compute `loss`; a head that is not understood gives logits, which rank 0 says once."""
+        from ds_stability.fused_head import FusedHead, UnknownHead  # imports transformers
+
+        try:
+            loss.head = FusedHead(model, loss, root)
+        except UnknownHead as reason:
+            if loss.rank == 0:
+                print(f"ds_stability: the loss of {type(model).__name__} is computed from its logits (loss_path chunked): {reason}",
+                      file=sys.stderr, flush=True)  # fmt: skip
 
     def _load_high_frequency(self, model) -> None:
         path = self.config.statistics.high_frequency_file
@@ -145,6 +162,8 @@ class Stability:
     def set_high_frequency(self, token_ids: list[int], vocab_size: int) -> None:
         """Measure the mass on `token_ids` (the high-frequency set) from now on; `vocab_size` is the width of the logits."""
         self.high_frequency_ids = token_ids
+        if self.loss.head is not None:  # a padded head is wider than the vocabulary of the config
+            vocab_size = max(vocab_size, self.loss.head.head.out_features)
         mask_V = torch.zeros(vocab_size, dtype=torch.float32, device=self.device)
         mask_V[torch.tensor(token_ids, dtype=torch.long, device=self.device)] = 1.0
         self.loss.high_frequency_V = mask_V
@@ -307,6 +326,11 @@ class Stability:
         if state["version"] != STATE_VERSION:
             raise StabilityConfigError(f"stability state has version {state['version']}; this release reads {STATE_VERSION}")
         old, new = _training_part(state["config"]), _training_part(self.config.to_dict())
+        if old["loss_path"] != new["loss_path"]:
+            raise StabilityConfigError(
+                f"the checkpoint was written with stability.loss_path {old['loss_path']!r} and this run has {new['loss_path']!r}: they "
+                f'round differently; set stability.loss_path to "{old["loss_path"]}" to resume'
+            )
         if old != new:
             raise StabilityConfigError(
                 f"the checkpoint was written with another stability block ({_difference(old, new)})"

@@ -84,7 +84,7 @@ class StabilityArguments:
         default=None, metadata={"help": "level 0..1, or a schedule 0:0,200:0.5 over steps; replaces the block's level"}
     )
     stability_loss_path: str | None = field(
-        default=None, metadata={"help": "stock or chunked: the loss path, where a level-0 run is to match chunked ones"}
+        default=None, metadata={"help": "stock, chunked or linear: the loss path; linear makes a level-0 run match those above 0"}
     )
     high_frequency_file: str | None = field(
         default=None, metadata={"help": "high_frequency.json of another run, used as this run's high-frequency set"}
@@ -145,7 +145,7 @@ def parse_command(argv: list[str]) -> Command:
     stability = stability.resolve(pretrained=model.model_name_or_path is not None)
     _follow_ds_config(training, ds_config, given | recipe.keys())
     _check_training(training)
-    if stability.resolved_loss_path == "chunked":
+    if stability.resolved_loss_path != "stock":
         _check_loss_flags(training)
     spec = _data_spec(data)
     spec.check()

@@ -5,7 +5,7 @@ adds a callback to transformers' defaults that writes metrics.jsonl and TensorBo
 all of it. Engines without an optimizer (a reference model, an evaluation before training) stay as DeepSpeed made them.
 
 TRL's SFTTrainer computes its loss from a fused head that never builds logits (trl/trainer/sft_trainer.py, 1.16,
-`compute_loss`). At level 0 it is left alone, and token statistics are null. Above level 0 (or with `loss_path` "chunked")
+`compute_loss`). At level 0 it is left alone, and token statistics are null. Above level 0 (or with `loss_path` "linear" or "chunked")
 its loss goes through transformers' `Trainer.compute_loss`: the same sum over token losses with the same divisor; TRL's own
 figures (entropy, mean_token_accuracy, num_tokens) are then not computed. So it is in evaluation too: ZeRO-3 prefetches
 weights as training used them, and TRL's fused head, which gathers its weight by itself, meets it in flight.
@@ -77,7 +77,7 @@ def _reroute_sft() -> None:
 
 
 def _through_the_model(original: Callable) -> Callable:
-    """`SFTTrainer.compute_loss` that is transformers' own for an engine with the chunked stability loss, else TRL's."""
+    """`SFTTrainer.compute_loss` that is transformers' own for an engine with our loss, else TRL's."""
 
     @functools.wraps(original)
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -102,7 +102,7 @@ def _through_the_model(original: Callable) -> Callable:
 
 
 def _check_loss(args: transformers.TrainingArguments) -> None:
-    """Refuse flags that take the loss away from the model; only where the chunked loss is to train.
+    """Refuse flags that take the loss away from the model; only where our loss is to train.
 
     Raises:
         StabilityConfigError: on every rank.
@@ -134,7 +134,7 @@ class StabilityCallback(TrainerCallback):
         """What is wrong in the block or the flags is said before anything is loaded or patched."""
         if args.deepspeed:
             config = split_config(load_ds_config(args.deepspeed))[1]
-            if config.resolved_loss_path == "chunked":
+            if config.resolved_loss_path != "stock":
                 _check_loss(args)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -167,7 +167,7 @@ class StabilityCallback(TrainerCallback):
             if state.is_world_process_zero:
                 logger.warning(
                     "this trainer's loss does not pass through the model's loss function: token statistics are null"
-                    " (for SFTTrainer, \"loss_path\": \"chunked\" in the stability block gives them)"
+                    " (for SFTTrainer, \"loss_path\": \"linear\" in the stability block gives them)"
                 )
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -57,7 +57,7 @@ BLOCKS = [
     ({"stabilizers": ["feedback"]}, "stability.stabilizers", '["feedback"]', "an object with any of the keys " + FAMILIES),
     ({"stabilizers": {"feedback": None}}, "stability.stabilizers.feedback", "null", "an object with any of the keys level"),
     ({"stabilizers": {"clipping": 0.2}}, "stability.stabilizers.clipping", "0.2", "an object with any of the keys level, ema_decay"),
-    ({"loss_path": "fused"}, "stability.loss_path", '"fused"', '"stock" or "chunked", or null'),
+    ({"loss_path": "fused"}, "stability.loss_path", '"fused"', '"stock" or "chunked" or "linear", or null'),
     ({"stabilizers": {"regularization": {"kind": "l2"}}}, "stability.stabilizers.regularization.kind", '"l2"', '"z_loss" or "label_smoothing" or "init_decay"'),
     # out of range, not finite, too large
     ({"level": -0.1}, "stability.level", "-0.1", LEVEL),
@@ -101,8 +101,8 @@ BLOCKS = [
     ({"stabilizers": {"feedback": {"level": [[0, True]]}}}, "stability.stabilizers.feedback.level[0][1]", "true", "a number from 0 to 1"),
     ({"level": NESTED}, "stability.level[0]", "[[[...]]]", "a pair [step, level]"),
     # values that contradict each other
-    ({"level": 0.5, "loss_path": "stock"}, "stability.loss_path", '"stock"', '"chunked" or null'),
-    ({"stabilizers": {"regularization": {"level": 0.1}}, "loss_path": "stock"}, "stability.loss_path", '"stock"', '"chunked" or null'),
+    ({"level": 0.5, "loss_path": "stock"}, "stability.loss_path", '"stock"', '"linear", "chunked" or null'),
+    ({"stabilizers": {"regularization": {"level": 0.1}}, "loss_path": "stock"}, "stability.loss_path", '"stock"', '"linear", "chunked" or null'),
     ({"level": 0.5, "statistics": {"interval": 4}}, "stability.statistics.interval", "4", "1 unless loss_path is stock"),
     # the block is no object
     (None, "stability", "null", "an object with any of the keys level"),

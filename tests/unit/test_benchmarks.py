@@ -196,7 +196,7 @@ def test_demo_cells_differ_in_level_only(tmp_path, monkeypatch):
     assert (first.pop("stability_level"), second.pop("stability_level")) == ("0", "0.5")
     assert first.pop("high_frequency_file") is None
     assert second.pop("high_frequency_file") == str(tmp_path / "level-0" / "high_frequency.json")
-    assert first == second and first["stability_loss_path"] == "chunked"
+    assert first == second and first["stability_loss_path"] == "linear"
 
 
 @pytest.mark.parametrize("module, cell", [(demo, "demo_cell"), (smollm2, "smollm2_cell")])

@@ -46,7 +46,7 @@ def test_the_table_shows_every_key_and_marks_defaults(inspect):
     assert shown <= set(lines)
     assert "stabilizers.clipping.level" not in lines  # the family is not in use
     assert "ZeRO stage 3, bf16, offload: none, gradient_clipping: 1.0" in out
-    assert "loss path: chunked (feedback up to 0.5)" in out
+    assert "loss path: linear (feedback up to 0.5)" in out
     assert "warnings" not in out
 
 
@@ -54,7 +54,7 @@ def test_the_level_flag_overrides_and_is_marked(inspect):
     code, out, _ = inspect(GOOD, "--stability_level", "0:0,200:0.25")
     assert code == 0
     assert "level" in out and "[[0, 0.0], [200, 0.25]]" in out and "--stability_level" in out
-    assert "loss path: chunked (feedback up to 0.25)" in out
+    assert "loss path: linear (feedback up to 0.25)" in out
     code, out, _ = inspect(GOOD, "--stability_level", "0")
     assert "loss path: stock (no stabilizer is ever above level 0)" in out
 
@@ -63,7 +63,7 @@ def test_json_output_is_the_whole_report(inspect):
     code, out, _ = inspect({**GOOD, "train_batch_size": "auto"}, "--json")
     report = json.loads(out)
     assert code == 0
-    assert (report["zero_stage"], report["precision"], report["loss_path"]) == (3, "bf16", "chunked")
+    assert (report["zero_stage"], report["precision"], report["loss_path"]) == (3, "bf16", "linear")
     assert report["auto"] == ["train_batch_size"]
     values = {key["path"]: (key["value"], key["origin"]) for key in report["keys"]}
     assert values["level"] == (0.5, "file") and values["controller.gain_max"] == (8.0, "default")
@@ -154,7 +154,7 @@ def test_the_command_needs_no_torch_and_is_fast(tmp_path):
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
         seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0 and "loss path: chunked" in done.stdout, done.stderr
+        assert done.returncode == 0 and "loss path: linear" in done.stdout, done.stderr
         if seconds[-1] < 1:
             break
     assert min(seconds) < 1

@@ -99,14 +99,16 @@ def test_absent_families_are_off():
         ({}, "stock"),
         ({"level": 0}, "stock"),
         ({"level": [[0, 0], [10, 0.0]]}, "stock"),
-        ({"level": [[0, 0], [10, 0.01]]}, "chunked"),
-        ({"level": 0.5}, "chunked"),
+        ({"level": [[0, 0], [10, 0.01]]}, "linear"),
+        ({"level": 0.5}, "linear"),
+        ({"level": 0.5, "loss_path": "chunked"}, "chunked"),
         ({"level": 0.5, "stabilizers": {}}, "stock"),
         ({"level": 0.5, "stabilizers": {"feedback": {"level": 0}}}, "stock"),
-        ({"stabilizers": {"clipping": {"level": 0.1}}}, "chunked"),
+        ({"stabilizers": {"clipping": {"level": 0.1}}}, "linear"),
         ({"stabilizers": {"clipping": {"level": 0.1}}, "loss_path": "stock"}, "stock"),
         ({"stabilizers": {"regularization": {"level": 0.1, "kind": "init_decay"}}, "loss_path": "stock"}, "stock"),
         ({"level": 0, "loss_path": "chunked"}, "chunked"),
+        ({"level": 0, "loss_path": "linear"}, "linear"),
     ],
 )
 def test_loss_path(block, path):
@@ -124,7 +126,7 @@ def test_resolve_fills_every_null_that_needs_no_model(kind, most):
         assert resolved.controller.warmup_steps == warmup
         assert resolved.stabilizers["feedback"].level == 0.5
         assert resolved.stabilizers["regularization"].max == most
-        assert resolved.loss_path == "chunked"
+        assert resolved.loss_path == "linear"
         assert resolved.resolve(not pretrained) == resolved
     assert parse(controller={"warmup_steps": 3}).resolve(True).controller.warmup_steps == 3
     assert set(parse().resolve(True).stabilizers) == {"feedback"}
@@ -163,7 +165,7 @@ def test_statistics_interval_needs_the_stock_loss():
     with pytest.raises(StabilityConfigError, match="stability.statistics.interval: 10"):
         parse(level=0.1, statistics={"interval": 10})
     with pytest.raises(StabilityConfigError, match="stability.statistics.interval: 10"):
-        parse(loss_path="chunked", statistics={"interval": 10})
+        parse(loss_path="linear", statistics={"interval": 10})
 
 
 def test_describe_lists_every_key_with_meaning_default_and_range():
@@ -360,7 +362,7 @@ likely_blocks = st.fixed_dictionaries(
         "stabilizers": st.dictionaries(st.sampled_from(["feedback", "clipping"]) | words, family, max_size=2) | scalars,
         "controller": st.fixed_dictionaries({}, optional={"gain_max": small | scalars, "warmup_steps": scalars}),
         "statistics": st.fixed_dictionaries({}, optional={"interval": scalars, "ema_decay": small | scalars}),
-        "loss_path": st.sampled_from(["stock", "chunked", None, "Stock"]),
+        "loss_path": st.sampled_from(["stock", "chunked", "linear", None, "Stock"]),
         "max_skipped_steps": st.integers(-1, 20),
     },
 )

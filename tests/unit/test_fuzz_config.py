@@ -47,7 +47,7 @@ FAMILIES = {
     "regularization": {"level": st.none() | schedules, "kind": st.sampled_from(["z_loss", "label_smoothing", "init_decay"]),
                        "max": st.none() | shares},
 }  # fmt: skip
-TOP = {"level": schedules, "loss_path": st.sampled_from([None, "stock", "chunked"]), "max_skipped_steps": counts}
+TOP = {"level": schedules, "loss_path": st.sampled_from([None, "stock", "chunked", "linear"]), "max_skipped_steps": counts}
 
 
 def test_every_key_of_the_block_is_fuzzed():
@@ -110,7 +110,7 @@ def check_block(block):
     for pretrained in (False, True):
         resolved = parsed.resolve(pretrained)
         assert resolved.resolve(pretrained) == resolved == StabilityConfig.parse(resolved.to_dict())
-        assert resolved.controller.warmup_steps is not None and resolved.loss_path in ("stock", "chunked")
+        assert resolved.controller.warmup_steps is not None and resolved.loss_path in ("stock", "chunked", "linear")
         for family in ("feedback", "clipping", "averaging", "regularization"):
             assert resolved.max_level(family) == parsed.max_level(family)
             for step in (0, 1, 10**9):

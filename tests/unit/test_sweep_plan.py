@@ -47,7 +47,7 @@ def test_every_shipped_sweep_is_planned_and_every_cell_is_a_command_line(file, t
     for cell in plan.cells:
         command = commands[cell.id]
         assert command.stability.level == cell.axes["level"] and command.training["seed"] == cell.axes["seed"]
-        assert command.stability.loss_path == "chunked"  # else level 0 would differ in more than its level
+        assert command.stability.loss_path == "linear"  # else level 0 would differ in more than its level
     assert not list(tmp_path.iterdir())  # nothing is written
 
 
