@@ -3,7 +3,8 @@
 `find_transform` learns what a model does between head and loss by running the model's own forward once on stubs (no weight
 is touched, nothing is communicated), so it needs no list of architectures. `FusedHead` then computes the loss in the head's
 forward, from the labels that a hook saw at the model's entrance, and hands the model a carrier of shape [batch, sequence, 1]
-in place of logits; the model's `loss_function` takes the finished loss for it. In such a forward `outputs.logits` is None.
+in place of logits; the model's `loss_function` takes the finished loss for it. In such a forward `outputs.logits` is a
+`NoLogits`, which says so to whoever uses it.
 """
 
 import copy
@@ -24,6 +25,33 @@ _PROBES = (0.0, SLOPE_AT, -SLOPE_AT, -0.3, 1.0, 2.7, -7.0, 19.0, -45.0, 300.0, S
 
 class UnknownHead(Exception):
     """Why a model cannot have its head fused: the end of a sentence."""
+
+
+class NoLogitsError(StabilityConfigError, AttributeError):
+    """Somebody used the logits of a forward that has none. An AttributeError, so that `hasattr` stays a question."""
+
+    def __init__(self, *_):
+        super().__init__(
+            "above stability level 0 the model's head computes the loss, and a training forward has no logits: set "
+            'stability.loss_path to "chunked" if something has to read them; if the training loss is computed from them, outside '
+            "of the model, no level can act on it: set stability.level to 0"
+        )
+
+
+class NoLogits:
+    """Stands for the logits of such a forward; every use of it raises NoLogitsError."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NoLogitsError
+
+    def __getitem__(self, index):
+        raise NoLogitsError
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise NoLogitsError
 
 
 class _Outputs(BaseModelOutputWithPastAndCrossAttentions):
@@ -255,8 +283,8 @@ class FusedHead:
         if module is self.entrances[-1]:
             self.labels = None
         if isinstance(output, ModelOutput):
-            return type(output)(**{name: value for name, value in output.items() if name != "logits"})
-        return (output[0], None, *output[2:])
+            return type(output)(**{**output, "logits": NoLogits()})
+        return (output[0], NoLogits(), *output[2:])
 
     def release(self) -> None:
         """Give the head back as it was: another engine may train the model."""

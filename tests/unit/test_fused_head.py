@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_stability import fused_head
 from ds_stability.controller import Setting
-from ds_stability.fused_head import FusedHead, RoutedLinear, UnknownHead, find_transform
+from ds_stability.fused_head import FusedHead, NoLogits, RoutedLinear, UnknownHead, find_transform
 from ds_stability.linear_loss import LogitTransform
 from ds_stability.loss import StabilityLoss
 from ds_stability.statistics import TOKEN_FIELDS
@@ -87,7 +87,7 @@ def test_a_model_trains_as_with_its_logits(kind, items):
     for loss, net in ((fused, model), (plain, twin)):
         output = net(input_ids=ids, labels=labels, **extra)
         (output.loss * 3.0).backward()
-        assert (output.logits is None) == (loss is fused)
+        assert isinstance(output.logits, NoLogits) == (loss is fused)
         loss.value = float(output.loss.detach())
     assert isinstance(model.get_output_embeddings(), RoutedLinear)
     assert fused.value == pytest.approx(plain.value, rel=1e-5)
@@ -127,13 +127,28 @@ def test_logits_where_there_is_no_training_loss():
     model.train()
     with torch.no_grad():
         assert model(input_ids=ids, labels=labels).logits.shape == (2, 9, 131)
-    assert model(ids, labels=labels).logits is None
+    assert isinstance(model(ids, labels=labels).logits, NoLogits)
     loss, logits = model(input_ids=ids, labels=labels, return_dict=False)[:2]
-    assert loss.ndim == 0 and logits is None
+    assert loss.ndim == 0 and isinstance(logits, NoLogits)
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     again = model(input_ids=ids, labels=labels, shift_labels=shifted).loss
     torch.testing.assert_close(again, loss)
     assert model(input_ids=ids).logits.shape == (2, 9, 131)  # nothing of the last forward is left
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda z: z.float(), lambda z: z[:, :-1], lambda z: torch.logsumexp(z, -1), lambda z: z.shape,
+     lambda z: F.cross_entropy(z, torch.zeros(1))],
+)  # fmt: skip
+def test_whoever_reads_the_logits_of_a_training_forward_is_told_what_to_do(use):
+    model = make_model("llama")
+    install(model, True)
+    ids, labels = make_ids()
+    logits = model(input_ids=ids, labels=labels).logits
+    with pytest.raises(ValueError, match='stability.loss_path to "chunked"'):
+        use(logits)
+    assert not hasattr(logits, "detach") and copy.deepcopy(logits) is not None
 
 
 def test_a_hook_on_the_head_sees_logits():
@@ -146,7 +161,7 @@ def test_a_hook_on_the_head_sees_logits():
     assert doubled.logits.shape == (2, 9, 131) and abs(doubled.loss - expected) > 0.01
     hook.remove()
     again = model(input_ids=ids, labels=labels)
-    assert again.logits is None and torch.equal(again.loss, expected)
+    assert isinstance(again.logits, NoLogits) and torch.equal(again.loss, expected)
 
 
 def test_a_copied_model_has_a_plain_head():
@@ -155,7 +170,7 @@ def test_a_copied_model_has_a_plain_head():
     ids, labels = make_ids()
     twin = copy.deepcopy(model)
     assert twin(input_ids=ids, labels=labels).logits.shape == (2, 9, 131)
-    assert model(input_ids=ids, labels=labels).logits is None
+    assert isinstance(model(input_ids=ids, labels=labels).logits, NoLogits)
 
 
 def _with_forward(change):
@@ -245,7 +260,7 @@ def test_a_peft_model_trains_as_with_its_logits(kind):
             loss.head = FusedHead(model, loss, net)
         ids, labels = make_ids()
         output = net(input_ids=ids, labels=labels)
-        assert (output.logits is None) == fused
+        assert isinstance(output.logits, NoLogits) == fused
         output.loss.backward()
         found.append((loss.train.vector(), gradients(net)))
         assert model.get_output_embeddings().weight.grad is None  # frozen: nothing is computed for it
