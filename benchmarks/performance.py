@@ -56,14 +56,22 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="runs/performance", help="for logs and the results file; parts that it has are kept")
-    parser.add_argument("--docs", help="folder of performance.md, results/ and figures/; default docs, with --quick OUTPUT")
+    parser.add_argument(
+        "--output", default="runs/performance", help="for logs and the results file; parts that it has are kept"
+    )
+    parser.add_argument(
+        "--docs", help="folder of performance.md, results/ and figures/; default docs, with --quick OUTPUT"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models, few steps: does it work?")
     parser.add_argument("--cases", nargs="*", choices=plan.cases(), help="only these cases; alone it leaves growth out")
     parser.add_argument("--growth", nargs="*", choices=plan.AXES, help="only these axes; alone it leaves the cases out")
     parser.add_argument("--memory_rounds", type=int, default=1, help="processes per arm for the memory")
-    parser.add_argument("--num_gpus", type=int, default=None, help="processes; default 2, or 1 on a machine with one GPU")
-    parser.add_argument("--render", action="store_true", help="measure nothing; page and figures from the results files")
+    parser.add_argument(
+        "--num_gpus", type=int, default=None, help="processes; default 2, or 1 on a machine with one GPU"
+    )
+    parser.add_argument(
+        "--render", action="store_true", help="measure nothing; page and figures from the results files"
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the page is out of date")
     arguments = parser.parse_args()
     for name in ("memory_rounds", "num_gpus"):
@@ -95,7 +103,11 @@ def measure_all(arguments: argparse.Namespace, output: Path, path: Path) -> dict
     output.mkdir(parents=True, exist_ok=True)
     num_gpus = arguments.num_gpus or training.default_processes()
     settings = {"ranks": num_gpus, "memory_rounds": arguments.memory_rounds, "quick": arguments.quick}
-    body = common.describe_measurement("performance", {"seed": 0}, settings) | {"seconds": 0.0, "cases": {}, "growth": {}}
+    body = common.describe_measurement("performance", {"seed": 0}, settings) | {
+        "seconds": 0.0,
+        "cases": {},
+        "growth": {},
+    }
     body = merged(body, path)
     cases, axes = chosen(arguments)
     parts = [case_part(name, case, num_gpus, arguments.memory_rounds, body) for name, case in cases.items()]
@@ -106,7 +118,13 @@ def measure_all(arguments: argparse.Namespace, output: Path, path: Path) -> dict
         started = time.monotonic()
         for job in jobs:
             job.take(launch(job, output, meter))
-        finish({"git": git_revision(common.REPOSITORY), "finished_at": utc_now(), "seconds": round(time.monotonic() - started, 1)})
+        finish(
+            {
+                "git": git_revision(common.REPOSITORY),
+                "finished_at": utc_now(),
+                "seconds": round(time.monotonic() - started, 1),
+            }
+        )
         body["finished_at"], body["seconds"] = utc_now(), performance_page.total_seconds(body)
         write_json_atomic(path, body)
     return body
@@ -123,7 +141,9 @@ def merged(body: dict[str, Any], path: Path) -> dict[str, Any]:
     old = json.loads(path.read_text(encoding="utf-8"))
     for key in ("machine", "versions", "settings"):
         if old[key] != body[key]:
-            raise training.FailedRun(f"{path} was measured with another {key} ({old[key]}); give another --output, or remove it")
+            raise training.FailedRun(
+                f"{path} was measured with another {key} ({old[key]}); give another --output, or remove it"
+            )
     return body | {"cases": old["cases"], "growth": old["growth"]}
 
 
@@ -145,7 +165,9 @@ def max_ranks() -> int:
     return torch.cuda.device_count()
 
 
-def case_part(name: str, case: plan.Case, ranks: int, memory_rounds: int, body: dict[str, Any]) -> tuple[list[Job], Callable]:
+def case_part(
+    name: str, case: plan.Case, ranks: int, memory_rounds: int, body: dict[str, Any]
+) -> tuple[list[Job], Callable]:
     """(jobs, what to do with their results): all arms in turns, then each alone."""
     found: dict[str, Any] = {"memory": {}, "not_run": {}}
     jobs = [Job(f"{name}: step time, {len(case.arms)} engines in turns", "time", [{"name": name} | case.spec()], ranks,
@@ -163,7 +185,16 @@ def case_part(name: str, case: plan.Case, ranks: int, memory_rounds: int, body: 
         for arm in case.memory:
             spec = {"name": name} | case.spec() | {"arms": {arm: plan.ARMS[arm]}}
             seconds = START_SECONDS + (case.memory_steps + 2) * case.step_seconds
-            jobs.append(Job(f"{name}: memory of {arm}, {number + 1} of {memory_rounds}", "memory", [spec], ranks, seconds, take(arm)))
+            jobs.append(
+                Job(
+                    f"{name}: memory of {arm}, {number + 1} of {memory_rounds}",
+                    "memory",
+                    [spec],
+                    ranks,
+                    seconds,
+                    take(arm),
+                )
+            )
     return jobs, lambda measured: body["cases"].update({name: case_result(case, found) | {"measured": measured}})
 
 
@@ -175,8 +206,16 @@ def growth_part(axes: dict[str, list[plan.Point]], ranks: int, body: dict[str, A
         here = [(axis, point) for axis, points in axes.items() for point in points if (point.ranks or ranks) == size]
         seconds = START_SECONDS + sum(point.case.steps_in_turns * point.case.step_seconds for _, point in here)
         keys = [(axis, point.x) for axis, point in here]
-        jobs.append(Job(f"growth on {size} ranks, {len(here)} models", "time", [{"name": f"{axis} {point.x}"} | point.case.spec() for axis, point in here],
-                        size, seconds, lambda results, keys=keys: found.update(zip(keys, results, strict=True))))  # fmt: skip
+        jobs.append(
+            Job(
+                f"growth on {size} ranks, {len(here)} models",
+                "time",
+                [{"name": f"{axis} {point.x}"} | point.case.spec() for axis, point in here],
+                size,
+                seconds,
+                lambda results, keys=keys: found.update(zip(keys, results, strict=True)),
+            )
+        )
 
     def finish(measured: dict[str, Any]) -> None:
         for axis, points in axes.items():
@@ -193,7 +232,9 @@ def launch(job: Job, output: Path, meter: "Meter") -> list[dict[str, Any]]:
     meter.begin(job)
     code = training.run_script(WORKER, [str(spec)], job.ranks, log, lambda process: meter.watch(process, log))
     if not result.exists():
-        raise training.FailedRun(f"{job.name}: the worker ended without a result (exit code {code}); {training.log_tail(log)}")
+        raise training.FailedRun(
+            f"{job.name}: the worker ended without a result (exit code {code}); {training.log_tail(log)}"
+        )
     meter.end()
     return json.loads(result.read_text(encoding="utf-8"))
 
@@ -213,12 +254,25 @@ def case_result(case: plan.Case, found: dict[str, Any]) -> dict[str, Any]:
         if arm in found["memory"]:
             arms[arm]["memory"] = stats.memory_of(found["memory"][arm])
     for arm in arms.values():
-        arm["against"] = {name: stats.against(arm, other) for name, other in arms.items() if name in (plan.PLAIN, *plan.REFERENCES)}
+        arm["against"] = {
+            name: stats.against(arm, other) for name, other in arms.items() if name in (plan.PLAIN, *plan.REFERENCES)
+        }
     verdicts = stats.verdicts(arms, targets, plan.PLAIN)
     slow = {row["arm"] for row in verdicts if row["quantity"] == "step time" and row["verdict"].startswith("missed")}
-    profiles = {arm: stats.profile_difference(timed["profile"][arm], timed["profile"][plan.PLAIN]) for arm in case.arms if arm in slow}
+    profiles = {
+        arm: stats.profile_difference(timed["profile"][arm], timed["profile"][plan.PLAIN])
+        for arm in case.arms
+        if arm in slow
+    }
     shown = {key: value for key, value in case.spec().items() if key != "arms"}
-    return {**shown, "world_size": timed["world_size"], "targets": targets, "arms": arms, "verdicts": verdicts, "profiles": profiles}
+    return {
+        **shown,
+        "world_size": timed["world_size"],
+        "targets": targets,
+        "arms": arms,
+        "verdicts": verdicts,
+        "profiles": profiles,
+    }
 
 
 def timed_arm(arm: str, timed: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +304,9 @@ class Meter:
         self.job, self.started, self.shown_at = job, time.monotonic(), time.monotonic()
         self.position += 1
         self.first: tuple[int, float] | None = None
-        print(f"[{self.position} of {len(self.jobs)}] {job.name}; {training.clock(self.left())} left in all", flush=True)
+        print(
+            f"[{self.position} of {len(self.jobs)}] {job.name}; {training.clock(self.left())} left in all", flush=True
+        )
 
     def watch(self, process: subprocess.Popen, log: Path) -> None:
         while process.poll() is None:

@@ -59,7 +59,11 @@ class Case:
 
     def spec(self) -> dict[str, Any]:
         """For performance_worker.py, without what is only judged afterwards."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("targets", "arms", "memory", "step_seconds")}
+        kept = {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in ("targets", "arms", "memory", "step_seconds")
+        }
         return kept | {"arms": {name: ARMS[name] for name in self.arms}}
 
     @property
@@ -69,7 +73,9 @@ class Case:
         return len(self.arms) * (self.warmup_steps + self.rounds * self.steps + counted)
 
 
-def llama(vocabulary: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, tied: bool) -> dict[str, Any]:
+def llama(
+    vocabulary: int, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, tied: bool
+) -> dict[str, Any]:
     return {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
             "num_key_value_heads": kv_heads, "intermediate_size": intermediate, "tie_word_embeddings": tied,
             "max_position_embeddings": 8192}  # fmt: skip
@@ -97,13 +103,13 @@ def cases(quick: bool = False) -> dict[str, Case]:
             tuple(ARMS), (PLAIN, LEVEL_0, LEVEL_5, ALL_FOUR, TRL, LIGER), rounds=24,
         ),
         "smollm2": Case(
-            "the shape of SmolLM2-135M, vocabulary 49,152, bf16 as in launchers/recipes/smollm2_text.yaml",
+            "SmolLM2-135M, vocabulary 49,152, bf16",
             llama(49_152, 576, 30, 9, 3, 1536, tied=True), True, 2, 256,
             {LEVEL_5: Target(1.0, 0.7), ALL_FOUR: Target(1.10, 0.7, copy=True)}, large, large,
             rounds=8, steps=1, warmup_steps=2, profile_steps=1, memory_steps=2,
         ),
         "vocabulary": Case(
-            "fresh LLaMA (width 256, 4 layers), vocabulary 151,936, fp32", llama(151_936, 256, 4, 4, 2, 768, tied=True), False, 4, 512,
+            "fresh LLaMA, vocabulary 151,936, fp32", llama(151_936, 256, 4, 4, 2, 768, tied=True), False, 4, 512,
             {LEVEL_5: Target(0.95, 0.4), ALL_FOUR: Target(1.10, 0.4, copy=True)}, large, large,
             rounds=8, steps=1, warmup_steps=2, profile_steps=1, memory_steps=2,
         ),
@@ -128,7 +134,19 @@ def growth(quick: bool = False, max_ranks: int = 4) -> dict[str, list[Point]]:
     """Axis -> points, smallest first. `max_ranks`: 4, or the GPUs of the machine."""
 
     def point(model: dict[str, Any], batch_size: int, block_size: int, steps: int) -> Case:
-        return Case("", model, False, batch_size, block_size, {}, GROWTH_ARMS, rounds=10, steps=steps, warmup_steps=3, profile_steps=0)
+        return Case(
+            "",
+            model,
+            False,
+            batch_size,
+            block_size,
+            {},
+            GROWTH_ARMS,
+            rounds=10,
+            steps=steps,
+            warmup_steps=3,
+            profile_steps=0,
+        )
 
     if quick:
         small = [(x, Case("", llama(x, 32, 1, 2, 1, 64, tied=True), False, 1, 32, {}, (PLAIN, LEVEL_5), rounds=3, steps=1,
@@ -138,7 +156,10 @@ def growth(quick: bool = False, max_ranks: int = 4) -> dict[str, list[Point]]:
     models = [llama(4096, *shape, tied=False) for shape in shapes]
     return {
         "sequence": [Point(n, point(tiny(), 1, n, max(1, 512 // n))) for n in (128, 256, 512, 1024, 2048, 4096)],
-        "vocabulary": [Point(v, point(tiny(v, tied=True), 1, 128, 2 if v > 2**15 else 4)) for v in (2048, 8192, 32_768, 131_072, 262_144)],
+        "vocabulary": [
+            Point(v, point(tiny(v, tied=True), 1, 128, 2 if v > 2**15 else 4))
+            for v in (2048, 8192, 32_768, 131_072, 262_144)
+        ],
         "ranks": [Point(n, point(tiny(), 4, 128, 4), n) for n in (1, 2, 4) if n <= max_ranks],
         "parameters": [Point(parameters(model), point(model, 2, 128, 2)) for model in models],
     }
@@ -149,4 +170,8 @@ def parameters(model: Mapping[str, Any]) -> int:
     width, inner, heads = model["hidden_size"], model["intermediate_size"], model["num_attention_heads"]
     keys = width // heads * model["num_key_value_heads"]
     layer = 2 * width * width + 2 * width * keys + 3 * width * inner + 2 * width
-    return model["num_hidden_layers"] * layer + width + (1 if model["tie_word_embeddings"] else 2) * width * model["vocab_size"]
+    return (
+        model["num_hidden_layers"] * layer
+        + width
+        + (1 if model["tie_word_embeddings"] else 2) * width * model["vocab_size"]
+    )

@@ -34,7 +34,11 @@ class Trainer:
         elif arm["loss"] == "liger":
             use_liger_loss(model)
         config = ds_config(case)
-        arguments = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), "config": config}
+        arguments = {
+            "model": model,
+            "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
+            "config": config,
+        }
         if arm["stability"] is None:
             self.engine = deepspeed.initialize(**arguments)[0]
         else:
@@ -52,7 +56,11 @@ class Trainer:
     @property
     def loss_path(self) -> str | None:
         """The path that the block resolved to; None for an engine without one."""
-        return self.engine.stability.config.loss_path if isinstance(self.engine, ds_stability.engine.StabilityMixin) else None
+        return (
+            self.engine.stability.config.loss_path
+            if isinstance(self.engine, ds_stability.engine.StabilityMixin)
+            else None
+        )
 
     def copy_bytes(self) -> int:
         """Bytes of the averaging's means on this rank: the one stated copy of the gradient partition."""

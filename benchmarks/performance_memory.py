@@ -58,7 +58,13 @@ def _on_cuda(trainer: Trainer, steps: Callable[[int], None], count: int) -> dict
     steps(count + 1)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
-    return {"peak": peak, "held": held, "activation": peak - held, "resident_activation": 0, "copy": trainer.copy_bytes()}
+    return {
+        "peak": peak,
+        "held": held,
+        "activation": peak - held,
+        "resident_activation": 0,
+        "copy": trainer.copy_bytes(),
+    }
 
 
 def status_bytes(key: str) -> int:

@@ -1,4 +1,4 @@
-"""The tables and figures of docs/performance.md, from docs/results/performance.json and performance_cuda.json."""
+"""The tables of docs/performance.md, from docs/results/performance.json and performance_cuda.json."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import common
-import figures
 import performance_cases as plan
+import performance_figures
 import performance_stats as stats
 
 from ds_stability.run_dir import write_atomic
@@ -18,16 +18,18 @@ Result = Mapping[str, Any]
 PAGE = common.REPOSITORY / "docs" / "performance.md"
 STEMS = ("performance", "performance_cuda")  # on CPUs, on a GPU
 _MARKED = re.compile(r"(<!-- generated: (performance(?:_cuda)?)_([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-COLORS = {plan.LEVEL_0: figures.BLUE, plan.LEVEL_5: figures.ORANGE, plan.ALL_FOUR: figures.GREEN}
-SHORT = {plan.PLAIN: "plain", plan.LEVEL_0: "level 0", plan.INTERVAL_10: "level 0,\ninterval 10", plan.LEVEL_5: "level .5",
-         plan.CHUNKED: "level .5,\nchunked", plan.ALL_FOUR: "all four", plan.TRL: "TRL", plan.LIGER: "Liger"}  # fmt: skip
 
 
 def write(docs: Path) -> list[Path]:
     """Fill in `docs`/performance.md (a new one starts as a copy of the repository's) and draw the figures; the paths."""
     page = docs / "performance.md"
     write_atomic(page, filled((page if page.exists() else PAGE).read_text(encoding="utf-8"), docs / "results"))
-    return [page, *draw(docs / "results", docs / "figures")]
+    written = [page]
+    for stem in STEMS:
+        result = load(stem, docs / "results")
+        if result is not None:
+            written += performance_figures.draw(result, stem, docs / "figures")
+    return written
 
 
 def check(docs: Path) -> int:
@@ -58,7 +60,11 @@ def filled(text: str, results: Path) -> str:
 
     def made(match: re.Match) -> str:
         result = load(match[2], results)
-        body = f"Not measured yet: there is no `{match[2]}.json` among the results files." if result is None else SECTIONS[match[3]](result, match[2])
+        body = (
+            f"Not measured yet: there is no `{match[2]}.json` among the results files."
+            if result is None
+            else SECTIONS[match[3]](result, match[2])
+        )
         return f"{match[1]}\n{body}\n\n{match[4]}"
 
     return _MARKED.sub(made, text)
@@ -69,12 +75,17 @@ def filled(text: str, results: Path) -> str:
 
 def total_seconds(result: Result) -> float:
     """Wall time of all parts; the axes of growth are measured together."""
-    parts = {(one["measured"]["finished_at"], one["measured"]["seconds"]) for one in [*result["cases"].values(), *result["growth"].values()]}
+    parts = {
+        (one["measured"]["finished_at"], one["measured"]["seconds"])
+        for one in [*result["cases"].values(), *result["growth"].values()]
+    }
     return round(sum(seconds for _, seconds in parts), 1)
 
 
 def provenance_section(result: Result, stem: str) -> str:
-    quick = "A smoke test of tiny models and few steps: its figures mean nothing." if result["settings"]["quick"] else ""
+    quick = (
+        "A smoke test of tiny models and few steps: its figures mean nothing." if result["settings"]["quick"] else ""
+    )
     others = []
     for name, part in [*result["cases"].items(), *result["growth"].items()]:
         git = part["measured"]["git"]
@@ -92,8 +103,18 @@ def interval_text(value: float | None, interval: Sequence[float] | None) -> str:
 
 def targets_table(result: Result) -> tuple[list[str], list[list[str]]]:
     """(header, rows): one row a target."""
-    rows = [[case["title"], row["arm"], row["quantity"], f"<= {row['limit']:.2f}", interval_text(row["value"], row["interval"]), row["verdict"]]
-            for case in result["cases"].values() for row in case["verdicts"]]  # fmt: skip
+    rows = [
+        [
+            case["title"],
+            row["arm"],
+            row["quantity"],
+            f"<= {row['limit']:.2f}",
+            interval_text(row["value"], row["interval"]),
+            row["verdict"],
+        ]
+        for case in result["cases"].values()
+        for row in case["verdicts"]
+    ]
     return ["case", "engine", "quantity, relative to plain DeepSpeed", "target", "measured [95 %]", "verdict"], rows
 
 
@@ -101,21 +122,41 @@ def targets_section(result: Result, stem: str) -> str:
     missed = sum(row["verdict"].startswith("missed") for case in result["cases"].values() for row in case["verdicts"])
     count = sum(len(case["verdicts"]) for case in result["cases"].values())
     head = f"{count - missed} of {count} targets met." if count else "No case measured."
-    return "\n\n".join([head, common.markdown_table(*targets_table(result)), f"![Step time and memory of every case](figures/{stem}.png)"])
+    return "\n\n".join(
+        [
+            head,
+            common.markdown_table(*targets_table(result)),
+            f"![Step time and memory of every case](figures/{stem}.png)",
+        ]
+    )
 
 
 def cases_section(result: Result, stem: str) -> str:
     parts = []
     for case in result["cases"].values():
         tokens = case["batch_size"] * case["block_size"]
-        parts += [f"### {case['title'][0].upper()}{case['title'][1:]}", f"{case['world_size']} ranks of {tokens} tokens ({case['batch_size']} x {case['block_size']}), "
-                  f"{plan.parameters(case['model']) / 1e6:.1f} million parameters; {case['rounds']} rounds of turns of {case['steps']} steps.",
-                  common.markdown_table(*time_table(case)), common.markdown_table(*memory_table(case))]  # fmt: skip
+        parts += [
+            f"### {case['title'][0].upper()}{case['title'][1:]}",
+            f"{case['world_size']} ranks of {tokens} tokens ({case['batch_size']} x {case['block_size']}), "
+            f"{plan.parameters(case['model']) / 1e6:.1f} million parameters, {case['model']['num_hidden_layers']} layers of width "
+            f"{case['model']['hidden_size']}; {case['rounds']} rounds, each a turn of {case['steps']} step{'s' if case['steps'] > 1 else ''} of every engine.",
+            common.markdown_table(*time_table(case)),
+            common.markdown_table(*memory_table(case)),
+        ]
     return "\n\n".join(parts)
 
 
 def time_table(case: Result) -> tuple[list[str], list[list[str]]]:
-    header = ["engine", "loss path", "step (ms)", "/ plain [95 %]", "/ TRL [95 %]", "/ Liger [95 %]", "collectives a step", "more than plain"]
+    header = [
+        "engine",
+        "loss path",
+        "step (ms)",
+        "/ plain [95 %]",
+        "/ TRL [95 %]",
+        "/ Liger [95 %]",
+        "collectives a step",
+        "more than plain",
+    ]
     rows = []
     for name, arm in case["arms"].items():
         if "seconds" not in arm:
@@ -123,8 +164,16 @@ def time_table(case: Result) -> tuple[list[str], list[list[str]]]:
             continue
         compared = [arm["against"].get(other, {}) for other in (plan.PLAIN, *plan.REFERENCES)]
         milliseconds = sorted(arm["seconds"])[len(arm["seconds"]) // 2] * 1000
-        rows.append([name, arm["loss_path"] or "-", common.number(milliseconds, 1), *(interval_text(one.get("ratio"), one.get("interval")) for one in compared),
-                     str(arm["messages"]["calls"]), extra_text(arm["messages"]["extra"])])  # fmt: skip
+        rows.append(
+            [
+                name,
+                arm["loss_path"] or "-",
+                common.number(milliseconds, 1),
+                *(interval_text(one.get("ratio"), one.get("interval")) for one in compared),
+                str(arm["messages"]["calls"]),
+                extra_text(arm["messages"]["extra"]),
+            ]
+        )
     return header, rows
 
 
@@ -138,7 +187,9 @@ def extra_text(extra: Sequence[Sequence[Any]]) -> str:
 
 def memory_table(case: Result) -> tuple[list[str], list[list[str]]]:
     on_gpu = not any(arm.get("memory", {}).get("resident_activation") for arm in case["arms"].values())
-    kinds = [("activation", "activation part"), ("peak", "whole peak")] + ([] if on_gpu else [("resident_activation", "resident activation part")])
+    kinds = [("activation", "activation part"), ("peak", "whole peak")] + (
+        [] if on_gpu else [("resident_activation", "resident activation part")]
+    )
     header = ["engine"]
     for _, title in kinds:
         header += [f"{title} (MB)", "/ plain", "/ TRL"]
@@ -160,14 +211,24 @@ def profile_section(result: Result, stem: str) -> str:
     for case in result["cases"].values():
         for arm, profile in case["profiles"].items():
             plain, mine = profile["wall_ms"]
-            parts += [f"{case['title']}, {arm}: a step of rank 0 under the profiler took {mine:.1f} ms against {plain:.1f} ms of plain DeepSpeed.",
-                      common.markdown_table(["self time by kind", "plain (ms)", "this engine (ms)", "more (ms)"], difference_rows(profile["groups"])),
-                      common.markdown_table(["operators that differ most", "plain (ms)", "this engine (ms)", "more (ms)"], difference_rows(profile["operators"]))]  # fmt: skip
+            parts += [
+                f"{case['title']}, {arm}: a step of rank 0 under the profiler took {mine:.1f} ms against {plain:.1f} ms of plain DeepSpeed.",
+                common.markdown_table(
+                    ["self time by kind", "plain (ms)", "this engine (ms)", "more (ms)"],
+                    difference_rows(profile["groups"]),
+                ),
+                common.markdown_table(
+                    ["operators that differ most", "plain (ms)", "this engine (ms)", "more (ms)"],
+                    difference_rows(profile["operators"]),
+                ),
+            ]
     return "\n\n".join(parts) if parts else "No target of the step time was missed."
 
 
 def difference_rows(rows: Sequence[Sequence[Any]]) -> list[list[str]]:
-    return [[f"{name}", common.number(base, 2), common.number(mine, 2), f"{mine - base:+.2f}"] for name, base, mine in rows]
+    return [
+        [f"{name}", common.number(base, 2), common.number(mine, 2), f"{mine - base:+.2f}"] for name, base, mine in rows
+    ]
 
 
 def growth_section(result: Result, stem: str) -> str:
@@ -179,11 +240,23 @@ def growth_section(result: Result, stem: str) -> str:
         first, last = found["points"][0]["x"], found["points"][-1]["x"]
         for arm, slope in found["slopes"].items():
             low, high = slope["interval"]
-            rows.append([plan.AXES[axis], arm, f"{first:,.0f} to {last:,.0f}", f"{slope['slope']:+.4f} [{low:+.4f}, {high:+.4f}]", slope["verdict"]])
+            rows.append(
+                [
+                    plan.AXES[axis],
+                    arm,
+                    f"{first:,.0f} to {last:,.0f}",
+                    f"{slope['slope']:+.4f} [{low:+.4f}, {high:+.4f}]",
+                    slope["verdict"],
+                ]
+            )
         parts.append(common.markdown_table(*growth_table(axis, found)))
-    rule = (f"Rule: least squares of the median ratio over log2, 95 % bootstrap interval over rounds. Falling: the interval is below 0. Flat: its upper end is at most "
-            f"{stats.FLAT:g} for each doubling. Growing: it is above 0 and not flat. Undecided: the rest.")  # fmt: skip
-    return "\n\n".join([rule, common.markdown_table(header, rows), f"![Step-time ratio over size](figures/{stem}_growth.png)", *parts])
+    rule = (
+        f"Rule: least squares of the median ratio over log2, 95 % bootstrap interval over rounds. Falling: the interval is below 0. Flat: its upper end is at most "
+        f"{stats.FLAT:g} for each doubling. Growing: it is above 0 and not flat. Undecided: the rest."
+    )
+    return "\n\n".join(
+        [rule, common.markdown_table(header, rows), f"![Step-time ratio over size](figures/{stem}_growth.png)", *parts]
+    )
 
 
 def growth_table(axis: str, found: Result) -> tuple[list[str], list[list[str]]]:
@@ -213,99 +286,8 @@ def summary_lines(result: Result) -> list[str]:
     """For the terminal: the targets, and the verdicts of the axes."""
     lines = ["", common.text_table(*targets_table(result))] if result["cases"] else []
     for axis, found in result["growth"].items():
-        lines += [f"{plan.AXES[axis]}: {arm} {slope['slope']:+.4f} for each doubling, {slope['verdict']}" for arm, slope in found["slopes"].items()]
+        lines += [
+            f"{plan.AXES[axis]}: {arm} {slope['slope']:+.4f} for each doubling, {slope['verdict']}"
+            for arm, slope in found["slopes"].items()
+        ]
     return lines
-
-
-# ---- figures --------------------------------------------------------------------------------------------------------
-
-
-def draw(results: Path, folder: Path) -> list[Path]:
-    """Write the figures of every results file that there is; the paths."""
-    written = []
-    for stem in STEMS:
-        result = load(stem, results)
-        if result is None:
-            continue
-        place = " (smoke test)" if result["settings"]["quick"] else ""
-        if result["cases"]:
-            written.append(folder / f"{stem}.png")
-            draw_cases(result, written[-1], f"Relative to plain DeepSpeed ZeRO-3: every round and the median; short lines are the targets{place}")
-        if result["growth"]:
-            written.append(folder / f"{stem}_growth.png")
-            draw_growth(result, written[-1], f"Step time relative to plain DeepSpeed ZeRO-3: median and 95 % interval{place}")
-    return written
-
-
-def draw_cases(result: Result, path: Path, title: str) -> None:
-    """Two panels a case: step time of each round, and the activation part of the memory."""
-    cases = list(result["cases"].values())
-    figure, axes = figures._grid(2 * len(cases), columns=2, size=(5.2, 2.6))
-    for row, case in enumerate(cases):
-        arms = {name: arm for name, arm in case["arms"].items() if name != plan.PLAIN}
-        _draw_times(axes[2 * row], case, {name: arm for name, arm in arms.items() if "seconds" in arm})
-        _draw_memory(axes[2 * row + 1], case, {name: arm for name, arm in arms.items() if arm.get("memory")})
-    figures._finish(figure, path, title)
-
-
-def _draw_times(axis, case: Result, arms: Result) -> None:
-    for position, (name, arm) in enumerate(arms.items()):
-        color = COLORS.get(name, figures.GRAY)
-        spread = [position + 0.2 * (i / max(1, len(arm["ratios"]) - 1) - 0.5) for i in range(len(arm["ratios"]))]
-        axis.plot(spread, arm["ratios"], "o", color=color, markersize=3.5, alpha=0.6, markeredgewidth=0)
-        axis.plot([position - 0.25, position + 0.25], [arm["ratio"]] * 2, color=color, linewidth=2.5)
-    _targets(axis, case, arms, "time")
-    axis.set_title(f"{_short_title(case)}: step time", fontsize=9, loc="left")
-
-
-def _draw_memory(axis, case: Result, arms: Result) -> None:
-    plain = case["arms"][plan.PLAIN]
-    for position, (name, arm) in enumerate(arms.items()):
-        color = COLORS.get(name, figures.GRAY)
-        axis.bar(position, stats.activation_ratio(arm, plain), width=0.5, color=color, alpha=0.35)
-        axis.bar(position, stats.activation_ratio(arm, plain, without_copy=True), width=0.5, color=color, alpha=0.8)
-    _targets(axis, case, arms, "activation")
-    copied = any(arm["memory"]["copy"] for arm in arms.values())
-    axis.set_title("activation memory" + (" (light: the stated copy)" if copied else ""), fontsize=9, loc="left")
-    axis.set_ylim(bottom=0)
-
-
-def _targets(axis, case: Result, arms: Result, key: str) -> None:
-    for position, name in enumerate(arms):
-        limit = case["targets"].get(name, {}).get(key)
-        if limit is not None:
-            axis.plot([position - 0.38, position + 0.38], [limit] * 2, color="black", linewidth=1.3, linestyle=(0, (3, 1.5)))
-    axis.axhline(1.0, color=figures.GRAY, linewidth=1, linestyle=":")
-    axis.set_xticks(range(len(arms)), [SHORT[name] for name in arms], fontsize=8)
-    axis.set_xlim(-0.6, max(0.6, len(arms) - 0.4))
-
-
-def _short_title(case: Result) -> str:
-    return ", ".join(case["title"].split(", ")[:2]) if len(case["title"]) > 48 else case["title"]
-
-
-def draw_growth(result: Result, path: Path, title: str) -> None:
-    """A panel an axis: median ratio and interval of every point, over a logarithmic axis."""
-    axes_found = [(axis, result["growth"][axis]) for axis in plan.AXES if axis in result["growth"]]
-    figure, axes = figures._grid(len(axes_found), columns=min(4, len(axes_found)), size=(3.3, 2.8))
-    for axis, (name, found) in zip(axes, axes_found, strict=True):
-        for arm in found["points"][0]["arms"]:
-            points = [(point["x"], point["arms"][arm]) for point in found["points"]]
-            medians = [one["ratio"] for _, one in points]
-            below, above = ([abs(one["interval"][end] - one["ratio"]) for _, one in points] for end in (0, 1))
-            verdict = found["slopes"].get(arm, {}).get("verdict", "one point")
-            axis.errorbar([x for x, _ in points], medians, yerr=[below, above], color=COLORS.get(arm, figures.GRAY), marker="o", markersize=4,
-                          capsize=2.5, linewidth=1.4, label=f"{arm}: {verdict}")  # fmt: skip
-        axis.axhline(1.0, color=figures.GRAY, linewidth=1, linestyle=":")
-        axis.set_xscale("log", base=2)
-        places = [point["x"] for point in found["points"]]
-        axis.set_xticks(places, [_tick(x) for x in places])
-        axis.set_title(plan.AXES[name], fontsize=9, loc="left")
-        axis.legend(fontsize=7, frameon=False)
-    figures._finish(figure, path, title)
-
-
-def _tick(x: float) -> str:
-    if x >= 10**6:
-        return f"{x / 1e6:.1f}M"
-    return f"{x / 1024:.0f}k" if x >= 2048 else f"{x:.0f}"

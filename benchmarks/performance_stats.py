@@ -102,11 +102,17 @@ def slope(points: Sequence[tuple[float, Sequence[float]]]) -> dict[str, Any]:
     logs = np.log2([x for x, _ in points])
     medians = np.array([np.median(values) for _, values in points])
     rng = np.random.default_rng(0)
-    draws = np.stack([np.median(rng.choice(np.asarray(v), size=(common.BOOTSTRAP, len(v))), axis=1) for _, v in points], axis=1)
+    draws = np.stack(
+        [np.median(rng.choice(np.asarray(v), size=(common.BOOTSTRAP, len(v))), axis=1) for _, v in points], axis=1
+    )
     centered = logs - logs.mean()
     slopes = draws @ centered / (centered @ centered)
     low, high = (float(bound) for bound in np.percentile(slopes, [2.5, 97.5]))
-    return {"slope": float(medians @ centered / (centered @ centered)), "interval": [low, high], "verdict": shape_of(low, high)}
+    return {
+        "slope": float(medians @ centered / (centered @ centered)),
+        "interval": [low, high],
+        "verdict": shape_of(low, high),
+    }
 
 
 def shape_of(low: float, high: float) -> str:

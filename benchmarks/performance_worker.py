@@ -69,7 +69,9 @@ def time_case(case: dict[str, Any], progress: Progress) -> dict[str, Any]:
     trainers, refused = build(case)
     hf_config = announce_zero3(case)
     for name in list(trainers):
-        if not attempt(name, case, refused, lambda name=name: [trainers[name].step() for _ in range(case["warmup_steps"])]):
+        if not attempt(
+            name, case, refused, lambda name=name: [trainers[name].step() for _ in range(case["warmup_steps"])]
+        ):
             del trainers[name]
         progress.add(case["warmup_steps"])
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
@@ -173,7 +175,9 @@ def memory_case(case: dict[str, Any], progress: Progress) -> dict[str, Any]:
             trainer.step()
             progress.add(1)
 
-    done = attempt(name, case, refused, lambda: measured.update(performance_memory.measure(trainer, steps, case["memory_steps"])))
+    done = attempt(
+        name, case, refused, lambda: measured.update(performance_memory.measure(trainer, steps, case["memory_steps"]))
+    )
     del hf_config
     if not done:
         return {"memory": None, "not_run": refused}

@@ -13,7 +13,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_quick_benchmark(tmp_path):
-    command = [sys.executable, REPOSITORY / "benchmarks" / "performance.py", "--quick", "--num_gpus", "1", "--output", tmp_path]
+    command = [
+        sys.executable,
+        REPOSITORY / "benchmarks" / "performance.py",
+        "--quick",
+        "--num_gpus",
+        "1",
+        "--output",
+        tmp_path,
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     body = json.loads((tmp_path / "performance_cuda.json").read_text())

@@ -45,7 +45,11 @@ def memory(activation, copy=0.0):
 def test_the_stated_copy_is_left_out_only_where_the_target_says_so():
     arms = {plan.PLAIN: {"memory": memory(100.0)}, plan.LEVEL_5: {"ratio": 0.9, "interval": [0.8, 1.1], "memory": memory(70.0)},
             plan.ALL_FOUR: {"memory": memory(90.0, copy=30.0)}}  # fmt: skip
-    targets = {plan.LEVEL_5: vars(plan.Target(1.0, 0.65)), plan.ALL_FOUR: vars(plan.Target(1.1, 0.6, copy=True)), plan.LEVEL_0: vars(plan.Target(1.1))}
+    targets = {
+        plan.LEVEL_5: vars(plan.Target(1.0, 0.65)),
+        plan.ALL_FOUR: vars(plan.Target(1.1, 0.6, copy=True)),
+        plan.LEVEL_0: vars(plan.Target(1.1)),
+    }
     rows = stats.verdicts(arms, targets, plan.PLAIN)
     assert [(row["arm"], row["quantity"], row["value"], row["verdict"]) for row in rows] == [
         (plan.LEVEL_5, "step time", 0.9, "met; the interval reaches above"), (plan.LEVEL_5, "activation memory", 0.7, "missed"),
@@ -95,12 +99,24 @@ def test_slope_is_for_a_doubling():
 # ---- where the time goes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator, group", [
-    ("aten::mm", "matrix products"), ("aten::addmm", "matrix products"), ("aten::_softmax", "softmax, exp and log"), ("aten::copy_", "copies and casts"),
-    ("c10d::_allgather_base_", "communication"), ("gloo:all_reduce", "communication"), ("aten::mul", stats.REST), ("aten::sum", "sums, norms and extrema"),
-    ("Optimizer.step#AdamW.step", "optimizer"), ("aten::_fused_adamw_", "optimizer"), ("aten::empty", "allocation and filling"),
-    ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"), ("aten::embedding_dense_backward", "embedding, gather and scatter"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "operator, group",
+    [
+        ("aten::mm", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("aten::_softmax", "softmax, exp and log"),
+        ("aten::copy_", "copies and casts"),
+        ("c10d::_allgather_base_", "communication"),
+        ("gloo:all_reduce", "communication"),
+        ("aten::mul", stats.REST),
+        ("aten::sum", "sums, norms and extrema"),
+        ("Optimizer.step#AdamW.step", "optimizer"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::empty", "allocation and filling"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::embedding_dense_backward", "embedding, gather and scatter"),
+    ],
+)
 def test_operators_have_words(operator, group):
     assert stats.group_of(operator) == group
 
@@ -109,7 +125,11 @@ def test_profile_difference():
     plain = {"wall_ms": 10.0, "operators": {"aten::mm": 6.0, "aten::exp": 1.0}}
     arm = {"wall_ms": 14.0, "operators": {"aten::mm": 6.5, "aten::exp": 4.0, "aten::log": 1.0}}
     found = stats.profile_difference(arm, plain, top=1)
-    assert found["groups"] == [["softmax, exp and log", 1.0, 5.0], ["matrix products", 6.0, 6.5], [stats.OUTSIDE, 3.0, 2.5]]
+    assert found["groups"] == [
+        ["softmax, exp and log", 1.0, 5.0],
+        ["matrix products", 6.0, 6.5],
+        [stats.OUTSIDE, 3.0, 2.5],
+    ]
     assert found["operators"] == [["aten::exp", 1.0, 4.0]] and found["wall_ms"] == [10.0, 14.0]
 
 
@@ -132,7 +152,12 @@ def test_every_target_of_the_cases_is_measured():
         json.dumps(case.spec())
     for arm in plan.ARMS.values():
         StabilityConfig.parse(arm["stability"] or {})
-    assert StabilityConfig.parse(plan.ARMS[plan.ALL_FOUR]["stability"]).families.keys() == {"feedback", "clipping", "averaging", "regularization"}
+    assert StabilityConfig.parse(plan.ARMS[plan.ALL_FOUR]["stability"]).families.keys() == {
+        "feedback",
+        "clipping",
+        "averaging",
+        "regularization",
+    }
 
 
 def test_axes_of_growth_cover_their_ranges():
@@ -185,15 +210,28 @@ def fake_launch(job, output, meter):
         if job.mode == "memory":
             (arm,) = case["arms"]
             missing = {} if arm in factor else {arm: "no CUDA"}
-            results.append({"memory": memory(100.0 * (0.3 if arm == plan.LEVEL_5 else 1.0)) if not missing else None, "not_run": missing})
+            results.append(
+                {
+                    "memory": memory(100.0 * (0.3 if arm == plan.LEVEL_5 else 1.0)) if not missing else None,
+                    "not_run": missing,
+                }
+            )
             continue
         arms = [arm for arm in case["arms"] if arm in factor]
         seconds = {arm: [factor[arm] * (0.1 + 0.001 * i) for i in range(case["rounds"])] for arm in arms}
         operators = {arm: {"aten::mm": 50.0, "aten::exp": 100 * factor[arm] - 50} for arm in arms}
-        results.append({"seconds": seconds, "not_run": {arm: "no CUDA" for arm in case["arms"] if arm not in factor}, "world_size": job.ranks,
-                        "messages": {arm: {"all_reduce": {"8": 1} | ({"1704": 1} if arm == plan.LEVEL_5 else {})} for arm in arms},
-                        "profile": {arm: {"wall_ms": 100 * factor[arm], "operators": operators[arm]} for arm in arms},
-                        "loss_path": {arm: "linear" if arm == plan.LEVEL_5 else None for arm in arms}})  # fmt: skip
+        results.append(
+            {
+                "seconds": seconds,
+                "not_run": {arm: "no CUDA" for arm in case["arms"] if arm not in factor},
+                "world_size": job.ranks,
+                "messages": {
+                    arm: {"all_reduce": {"8": 1} | ({"1704": 1} if arm == plan.LEVEL_5 else {})} for arm in arms
+                },
+                "profile": {arm: {"wall_ms": 100 * factor[arm], "operators": operators[arm]} for arm in arms},
+                "loss_path": {arm: "linear" if arm == plan.LEVEL_5 else None for arm in arms},
+            }
+        )
     return results
 
 
