@@ -88,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Job:
-    """One launch of the worker: `take` puts its results, one per case, where they belong."""
+    """One launch of the worker: `take` puts its results, one per case, where they belong; `needed` is asked just before."""
 
     name: str
     mode: str
@@ -96,6 +96,7 @@ class Job:
     ranks: int
     seconds: float  # roughly
     take: Callable[[list[dict[str, Any]]], None]
+    needed: Callable[[], bool] = lambda: True
 
 
 def measure_all(arguments: argparse.Namespace, output: Path, path: Path) -> dict[str, Any]:
@@ -117,7 +118,10 @@ def measure_all(arguments: argparse.Namespace, output: Path, path: Path) -> dict
     for jobs, finish in parts:
         started = time.monotonic()
         for job in jobs:
-            job.take(launch(job, output, meter))
+            if job.needed():
+                job.take(launch(job, output, meter))
+            else:
+                meter.skip()
         finish(
             {
                 "git": git_revision(common.REPOSITORY),
@@ -185,16 +189,9 @@ def case_part(
         for arm in case.memory:
             spec = {"name": name} | case.spec() | {"arms": {arm: plan.ARMS[arm]}}
             seconds = START_SECONDS + (case.memory_steps + 2) * case.step_seconds
-            jobs.append(
-                Job(
-                    f"{name}: memory of {arm}, {number + 1} of {memory_rounds}",
-                    "memory",
-                    [spec],
-                    ranks,
-                    seconds,
-                    take(arm),
-                )
-            )
+            title = f"{name}: memory of {arm}, {number + 1} of {memory_rounds}"
+            needed = lambda arm=arm: arm not in found["time"]["not_run"]  # noqa: E731
+            jobs.append(Job(title, "memory", [spec], ranks, seconds, take(arm), needed))
     return jobs, lambda measured: body["cases"].update({name: case_result(case, found) | {"measured": measured}})
 
 
@@ -230,7 +227,7 @@ def launch(job: Job, output: Path, meter: "Meter") -> list[dict[str, Any]]:
     result.unlink(missing_ok=True)
     write_json_atomic(spec, {"mode": job.mode, "cases": job.cases, "output": str(result)})
     meter.begin(job)
-    code = training.run_script(WORKER, [str(spec)], job.ranks, log, lambda process: meter.watch(process, log))
+    code = training.run_script(WORKER, [str(spec)], job.ranks, log, lambda process: meter.watch(process, log, result))
     if not result.exists():
         raise training.FailedRun(
             f"{job.name}: the worker ended without a result (exit code {code}); {training.log_tail(log)}"
@@ -308,12 +305,21 @@ class Meter:
             f"[{self.position} of {len(self.jobs)}] {job.name}; {training.clock(self.left())} left in all", flush=True
         )
 
-    def watch(self, process: subprocess.Popen, log: Path) -> None:
+    def skip(self) -> None:
+        self.position += 1
+
+    def watch(self, process: subprocess.Popen, log: Path, result: Path) -> None:
+        finished_at = None
         while process.poll() is None:
             time.sleep(0.2)
-            if time.monotonic() - self.shown_at > SHOW_SECONDS:
-                self.shown_at = time.monotonic()
-                print(self.line(*last_progress(log), time.monotonic()), flush=True)
+            now = time.monotonic()
+            if result.exists():
+                finished_at = finished_at or now
+                if now - finished_at > training.TEARDOWN_SECONDS:
+                    return
+            elif now - self.shown_at > SHOW_SECONDS:
+                self.shown_at = now
+                print(self.line(*last_progress(log), now), flush=True)
 
     def line(self, done: int, whole: int, now: float) -> str:
         if done and self.first is None:

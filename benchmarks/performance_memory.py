@@ -41,12 +41,12 @@ def measure(trainer: Trainer, steps: Callable[[int], None], count: int) -> dict[
     gc.collect()
     if trainer.engine.device.type == "cuda":
         return _on_cuda(trainer, steps, count)
-    before, held = live_storages(), status_bytes("VmRSS")
+    before, held = live_bytes(), status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark (man 5 proc)
     steps(count)
     peak = status_bytes("VmHWM")
     gc.collect()
-    since_built = sum(size for address, size in live_storages().items() if address not in before)
+    since_built = live_bytes() - before
     return {"peak": peak, "held": held, "activation": since_built + peak_of_one_step(lambda: steps(1)),
             "resident_activation": peak - held, "copy": trainer.copy_bytes()}  # fmt: skip
 
@@ -73,14 +73,14 @@ def status_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
-def live_storages() -> dict[int, int]:
-    """Address -> bytes of every storage that a tensor in this process's Python objects holds."""
+def live_bytes() -> int:
+    """Bytes of all storages that tensors in this process's Python objects hold, each storage once."""
     found = {}
     for item in gc.get_objects():
         if issubclass(type(item), torch.Tensor) and item.device.type != "meta":  # isinstance() would run proxies' code
             storage = item.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
-    return found
+    return sum(found.values())
 
 
 def peak_of_one_step(step: Callable[[], Any]) -> int:
