@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import ds_stability
+from ds_stability.engine import StabilityMixin
 
 DS_CONFIG = common.REPOSITORY / "ds_configs" / "loop_zero3.json"
 
@@ -56,11 +57,7 @@ class Trainer:
     @property
     def loss_path(self) -> str | None:
         """The path that the block resolved to; None for an engine without one."""
-        return (
-            self.engine.stability.config.loss_path
-            if isinstance(self.engine, ds_stability.engine.StabilityMixin)
-            else None
-        )
+        return self.engine.stability.config.loss_path if isinstance(self.engine, StabilityMixin) else None
 
     def copy_bytes(self) -> int:
         """Bytes of the averaging's means on this rank: the one stated copy of the gradient partition."""
