@@ -1,6 +1,6 @@
 """Whether a checkpoint folder is whole: a manifest of sizes and SHA-256 hashes, written last.
 
-    OUTPUT_DIR/.saving-N/checkpoint-N    while it is written; removed at the next start if writing was cut off
+    OUTPUT_DIR/.saving-N/checkpoint-N    while it is written; at the next start removed if writing was cut off, else renamed
     OUTPUT_DIR/checkpoint-N              renamed there after its manifest `checkpoint.json` was brought to disk
     OUTPUT_DIR/.removing-checkpoint-N    while an older one is deleted, so that half of one never counts as a checkpoint
     OUTPUT_DIR/.universal-N              checkpoint-N converted for another number of processes, until it is loaded
@@ -118,6 +118,17 @@ def remove_remains(output_dir: Path) -> list[Path]:
     for path in remains:
         shutil.rmtree(path)
     return remains
+
+
+def adopt_finished(output_dir: Path) -> list[Path]:
+    """Give checkpoints whose writing ended between their manifest and their name that name; for the holder of the lock."""
+    adopted = []
+    for folder in sorted(output_dir.glob(f"{SAVING}*/checkpoint-*")):
+        target = output_dir / folder.name
+        if not target.exists() and size_fault(folder) is None:
+            folder.rename(target)
+            adopted.append(target)
+    return adopted
 
 
 def superfluous(checkpoints: list[tuple[int, Path]], limit: int | None, best: str | None) -> list[Path]:

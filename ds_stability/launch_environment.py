@@ -51,6 +51,12 @@ def complete_environment(environment: MutableMapping[str, str] | None = None) ->
         environment.setdefault(name, value)
 
 
+def is_rank(environment: MutableMapping[str, str] | None = None) -> bool:
+    """Whether a launcher started this process as a rank."""
+    environment = os.environ if environment is None else environment
+    return "RANK" in environment or "OMPI_COMM_WORLD_RANK" in environment or _in_step(environment)
+
+
 def _in_step(environment: MutableMapping[str, str]) -> bool:
     """Whether srun started this process. SLURM_PROCID and SLURM_NTASKS alone do not say so: a batch script has them too."""
     step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))

@@ -11,6 +11,8 @@ import signal
 import stat
 import sys
 
+from ds_stability.launch_environment import is_rank
+
 
 class _Pipe(io.FileIO):
     def write(self, data) -> int | None:
@@ -26,7 +28,7 @@ class _Pipe(io.FileIO):
 
 def stop_when_unread() -> None:
     """Make the end of whoever reads stdout or stderr a SIGTERM to this process, where a launcher started it as a rank."""
-    if "RANK" not in os.environ:
+    if not is_rank():
         return
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -165,7 +165,8 @@ def check_output_dir(path: str | os.PathLike, resume: bool, identity: Mapping[st
 
     Args:
         restart: a new run may begin in a folder whose run has not come to its first checkpoint (`set_aside`).
-        resume: continue the run in `path`. Its manifest's identity must then equal `identity` (None: not compared).
+        resume: continue the run in `path`. Its manifest's identity must then equal `identity` (None: not compared) in all
+            that `identity` names.
 
     Raises:
         UserError: one line that names the directory, the reason and the flag to change.
@@ -190,7 +191,8 @@ def check_output_dir(path: str | os.PathLike, resume: bool, identity: Mapping[st
 
 def _check_identity(run: RunDir, recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     # Through JSON, so that a tuple given now equals the list that was read back.
-    before, now = _flatten(dict(recorded)), _flatten(json.loads(json.dumps(dict(identity))))
+    before = _flatten({key: value for key, value in recorded.items() if key in identity})
+    now = _flatten(json.loads(json.dumps(dict(identity))))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key, _ABSENT) != now.get(key, _ABSENT))
     if changed:
         key = changed[0]

@@ -99,6 +99,7 @@ class TrainArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "evaluation blocks per device"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide non-finite losses from the log"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "as in transformers; position_ids are needed"})
+    log_on_each_node: bool = field(default=False, metadata={"help": "log on every host, not on the first alone"})
 
 
 @dataclass
@@ -281,6 +282,9 @@ def _check_training(training: dict[str, Any]) -> None:
     for flag in ("learning_rate", "num_train_epochs"):
         if not 0 < float(training[flag]) < float("inf"):
             raise UserError(f"--{flag} {training[flag]}: allowed is a number above 0")
+    if training["save_only_model"]:
+        raise UserError("--save_only_model True leaves out what a run needs to go on after it was stopped; leave it out (the weights "
+                        "alone are written to OUTPUT_DIR/final)")  # fmt: skip
     if not training["output_dir"]:
         raise UserError("--output_dir is not given; give a new or empty folder for this run")
 

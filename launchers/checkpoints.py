@@ -12,6 +12,7 @@ from ds_stability.atomic import sync_directory
 from ds_stability.checkpoint_files import (
     SAVING,
     Files,
+    adopt_finished,
     describe_files,
     hash_fault,
     list_files,
@@ -23,6 +24,7 @@ from ds_stability.checkpoint_files import (
 from ds_stability.console import agree
 from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command
+from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
 from ds_stability.run_dir import RunDir
 
 
@@ -121,6 +123,8 @@ def checkpoint_to_load(command: Command) -> str | None:
         UserError: the named one is damaged, or none is whole; on every rank.
     """
     named = command.resume_mode == "path"
+    if command.resume_mode in ("true", "auto"):
+        agree(lambda: _finish_saving(RunDir(command.output_dir)))
     found = RunDir(command.output_dir).checkpoints() if command.resume_mode in ("true", "auto") else []
     candidates = [[command.resume] if named else [os.fspath(path) for _, path in reversed(found)]]
     dist.broadcast_object_list(candidates, src=0)
@@ -138,6 +142,16 @@ def checkpoint_to_load(command: Command) -> str | None:
     error = UserError(f"--resume_from_checkpoint: {'; '.join(damaged)}; {advice}")
     error.everywhere = True
     raise error
+
+
+def _finish_saving(run: RunDir) -> None:
+    """Rank 0: a checkpoint that was whole when its run was killed gets its name, unless another process trains there."""
+    if dist.get_rank() != 0 or not run.path.is_dir():
+        return
+    lock = try_lock(run.path / TRAIN_LOCK)
+    if lock is not None:
+        adopt_finished(run.path)
+        os.close(lock)
 
 
 def _first_fault(folder: Path) -> str | None:

@@ -111,6 +111,11 @@ def hold_run(run: RunDir, resume: bool) -> None:
 
 def run_identity(command: Command, config: Any, facts: dict) -> dict[str, Any]:
     """What must agree for a checkpoint to be continued."""
+    return settings_identity(command, config) | {"data": facts["corpus_fingerprint"], "tokenizer": facts["tokenizer_hash"]}
+
+
+def settings_identity(command: Command, config: Any) -> dict[str, Any]:
+    """The part of `run_identity` that is known before any data is read."""
     model = command.model
     architecture = json.dumps(config.to_dict(), sort_keys=True, default=str).encode()
     return {
@@ -118,8 +123,6 @@ def run_identity(command: Command, config: Any, facts: dict) -> dict[str, Any]:
         model.model_name_or_path or f"fresh {config.model_type}",
         "model_config": hashlib.sha256(architecture).hexdigest(),
         "adapter": [model.lora_r, model.lora_alpha, model.lora_target_modules] if model.use_peft else None,
-        "data": facts["corpus_fingerprint"],
-        "tokenizer": facts["tokenizer_hash"],
         "block_size": command.data.block_size,
         "seed": command.training["seed"],
         "stability": command.stability.to_dict(),

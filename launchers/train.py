@@ -48,11 +48,12 @@ from ds_stability.launchers.setup_run import (  # noqa: E402
     require_same_run,
     require_visible,
     run_identity,
+    settings_identity,
     start_run,
 )
 from ds_stability.launchers.world_size import LoadedOnce, check_flags, convert_checkpoint, world_has_changed  # noqa: E402
 from ds_stability.preemption import StopSignals  # noqa: E402
-from ds_stability.run_dir import RunDir  # noqa: E402
+from ds_stability.run_dir import RunDir, check_output_dir  # noqa: E402
 from ds_stability.siblings import look_around  # noqa: E402
 from ds_stability.universal import load_universal  # noqa: E402
 
@@ -160,13 +161,14 @@ def main(argv: list[str]) -> None:
     complete_environment()
     command = parse_command(argv)
     run = RunDir(command.output_dir)
+    if command.resume and run.done.exists() and command.resume_mode != "auto":
+        raise UserError(f"--output_dir {run.path}: this run is complete (DONE); nothing is left to resume")
+    config = load_config(command)  # before any process group: a wrong name or size costs seconds
     if run.done.exists() and command.resume_mode == "auto":
+        check_output_dir(run.path, True, settings_identity(command, config))
         if global_rank() == 0:
             print(f"{run.path}: this run is complete (DONE)", flush=True)
         return
-    if command.resume and run.done.exists():
-        raise UserError(f"--output_dir {run.path}: this run is complete (DONE); nothing is left to resume")
-    config = load_config(command)  # before any process group: a wrong name or size costs seconds
     signals = StopSignals().install()
     again = "start again with --resume_from_checkpoint auto"
     with cluster_failures(["this host"], 0, again):  # nobody knows yet who the others are

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,30 +34,63 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+COMPILE = """
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+CPUAdamBuilder().load(verbose=False), ShareMemCommBuilder().load(verbose=False)
+"""
+NEEDS_RANKS = ("start_distributed", "run_ranks")
+
+
+def pytest_collection_modifyitems(items):
+    """Unit tests first: meanwhile DeepSpeed's operators compile."""
+    items.sort(key=lambda item: "unit" not in item.path.parts)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation(request, tmp_path_factory):
+    """DeepSpeed compiles its operators at their first use, for a minute: begun in the background where a test starts ranks.
+
+    One folder per session, as ranks of several runs would wait for each other's lock. (folder, process or None).
+    """
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("torch_extensions"))
+    process = None
+    if any(name in NEEDS_RANKS for item in request.session.items for name in item.fixturenames):
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": folder}
+        process = subprocess.Popen([sys.executable, "-c", COMPILE], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield folder, process
+    if process is not None:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture(scope="session")
-def torch_extensions(tmp_path_factory):
-    """The folder of DeepSpeed's compiled operators: one per session, which compiles them once (a minute)."""
-    return os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("torch_extensions"))
+def torch_extensions(compilation):
+    """The folder of DeepSpeed's compiled operators."""
+    folder, process = compilation
+    if process is not None:
+        process.wait()
+    return folder
+
+
+def rank_environment(extensions: str, more: dict[str, str] | None) -> dict[str, str]:
+    """On CPU, with the compiled operators of this session."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": extensions, "PYTHONPATH": path,
+            **(more or {})}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def start_distributed(torch_extensions):
     """`start_distributed(script, *args, ranks=2, env=None, output=PIPE)` starts a script under the `deepspeed` launcher.
 
-    On CPU, with one extension cache per session (a shared one makes runs wait for each other's lock). Returns the Popen,
+    Returns the Popen,
     the leader of a process group of its own: `os.killpg(process.pid, SIGKILL)` ends the launcher and its ranks.
     """
     ports: list[int] = []
 
     def start(script, *args: str, ranks: int = 2, env: dict[str, str] | None = None, output: int = subprocess.PIPE):
-        environment = {
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "TORCH_EXTENSIONS_DIR": torch_extensions,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
-            **(env or {}),
-        }
+        environment = rank_environment(torch_extensions, env)
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
         for port in ports:  # of runs that have ended; one that still runs keeps what it has mapped
             remove_buffers(port)
@@ -90,8 +124,52 @@ def run_distributed(start_distributed):
     return run
 
 
+@pytest.fixture(scope="session")
+def run_ranks(torch_extensions, tmp_path_factory):
+    """As `run_distributed`, but the ranks are started with the variables that `deepspeed` sets, and no launcher.
+
+    For workers that test the engine: the launcher's two processes import DeepSpeed for seconds each. When a rank fails, the
+    others end with it. Judge by a file that the script writes last.
+    """
+
+    def run(script, *args: str, ranks: int = 2, timeout: int = 300, env: dict[str, str] | None = None):
+        port, folder = free_port(), tmp_path_factory.mktemp("ranks")
+        common = rank_environment(torch_extensions, env) | {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "CROSS_RANK": "0",
+            "CROSS_SIZE": "1"}  # fmt: skip
+        command = [sys.executable, "-u", str(script), *map(str, args)]
+        with open(folder / "out", "w+") as out, open(folder / "err", "w+") as err:
+            processes = [subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=out, stderr=err)
+                         for rank in range(ranks)]  # fmt: skip
+            code = wait_for_ranks(processes, timeout)
+        remove_buffers(port)
+        done = subprocess.CompletedProcess(command, code, (folder / "out").read_text(), (folder / "err").read_text())
+        if code is None:
+            pytest.fail(f"{script} {args} took more than {timeout} s\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        return done
+
+    return run
+
+
+def wait_for_ranks(processes: list[subprocess.Popen], timeout: float) -> int | None:
+    """The first exit code that is not 0, or 0; None if time ran out. All have ended then."""
+    deadline = time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            codes = [process.poll() for process in processes]
+            failed = [code for code in codes if code]
+            if failed or None not in codes:
+                return failed[0] if failed else 0
+            time.sleep(0.05)
+        return None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 @pytest.fixture(scope="module")
-def trainings(run_distributed, tmp_path_factory):
+def trainings(run_ranks, tmp_path_factory):
     """`trainings(runs, ranks=2)` runs a list of short trainings (see distributed/train_worker.py) in one launch.
 
     Returns {name: result}; a run that ended in an error of ours has {"errors": {rank: text}}.
@@ -104,7 +182,7 @@ def trainings(run_distributed, tmp_path_factory):
         folder = tmp_path_factory.mktemp("trainings")
         (folder / "spec.json").write_text(json.dumps({"runs": runs}))
         worker = REPOSITORY / "tests" / "distributed" / "train_worker.py"
-        process = run_distributed(worker, str(folder / "spec.json"), str(folder), ranks=ranks, timeout=timeout)
+        process = run_ranks(worker, str(folder / "spec.json"), str(folder), ranks=ranks, timeout=timeout)
         assert (folder / "DONE").exists(), process.stdout[-2000:] + process.stderr[-6000:]
         results = {}
         for item in runs:

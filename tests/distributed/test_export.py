@@ -12,9 +12,9 @@ CASES = ["llama_fp32", "llama_bf16", "llama_stage2_bf16", "llama_offload", "gpt2
 
 
 @pytest.fixture(scope="module")
-def exported(run_distributed, tmp_path_factory):
+def exported(run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
-    done = run_distributed(WORKER, str(out), *CASES, ranks=2, timeout=600)
+    done = run_ranks(WORKER, str(out), *CASES, ranks=2, timeout=600)
     assert (out / "DONE").exists(), done.stderr[-4000:]
     return out
 

@@ -22,16 +22,16 @@ CASES = [*ZERO3, "llama_stage2", "llama_stage0"]
 PROBES = 3  # per case
 
 
-def launch(run_distributed, out, names, ranks):
-    done = run_distributed(WORKER, str(out), *names, ranks=ranks, timeout=600)
+def launch(run_ranks, out, names, ranks):
+    done = run_ranks(WORKER, str(out), *names, ranks=ranks, timeout=600)
     assert (out / "DONE").exists(), done.stderr[-4000:]
     return {name: json.loads((out / f"{name}.json").read_text()) for name in names}, done
 
 
 @pytest.fixture(scope="module")
-def two_ranks(run_distributed, tmp_path_factory):
+def two_ranks(run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("probe")
-    results, done = launch(run_distributed, out, CASES, ranks=2)
+    results, done = launch(run_ranks, out, CASES, ranks=2)
     return results, done, out
 
 
@@ -104,11 +104,11 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_leaves_no_trace(two_ranks):
 
 
 @pytest.mark.slow
-def test_samples_do_not_depend_on_the_number_of_ranks(two_ranks, run_distributed, tmp_path):
+def test_samples_do_not_depend_on_the_number_of_ranks(two_ranks, run_ranks, tmp_path):
     # The trained weights do depend on it, so compare an untrained engine: the first probe of a frozen training.
-    launch(run_distributed, tmp_path, ["llama_frozen"], ranks=1)
+    launch(run_ranks, tmp_path, ["llama_frozen"], ranks=1)
     (tmp_path / "two").mkdir()
-    launch(run_distributed, tmp_path / "two", ["llama_frozen"], ranks=2)
+    launch(run_ranks, tmp_path / "two", ["llama_frozen"], ranks=2)
     one, two = (path / "llama_frozen" / "samples" / "step-00000006.jsonl" for path in (tmp_path, tmp_path / "two"))
     ids = [[json.loads(line)["completion_ids"] for line in path.read_text().splitlines()] for path in (one, two)]
     assert ids[0] == ids[1]

@@ -58,10 +58,10 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def runs(run_distributed, tmp_path_factory):
+def runs(run_ranks, tmp_path_factory):
     out = tmp_path_factory.mktemp("trainer")
     (out / "spec.json").write_text(json.dumps({"runs": [{"name": name, **run} for name, run in RUNS.items()]}))
-    done = run_distributed(WORKER, out / "spec.json", out, timeout=600)
+    done = run_ranks(WORKER, out / "spec.json", out, timeout=600)
     assert (out / "DONE").exists(), done.stdout[-2000:] + done.stderr[-6000:]
     results = {name: torch.load(out / f"{name}.pt") for name in RUNS if (out / f"{name}.pt").exists()}
     yield out, results, done.stdout + done.stderr

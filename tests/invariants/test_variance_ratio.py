@@ -22,10 +22,10 @@ def load_common():
 
 
 @pytest.fixture(scope="module")
-def run_cases(run_distributed, tmp_path_factory):
+def run_cases(run_ranks, tmp_path_factory):
     def run(*cases):
         out = tmp_path_factory.mktemp("ratio") / "out.json"
-        process = run_distributed(HERE / "ratio_worker.py", str(out), *cases, timeout=560)
+        process = run_ranks(HERE / "ratio_worker.py", str(out), *cases, timeout=560)
         assert out.exists(), process.stderr[-4000:]
         return json.loads(out.read_text())
 

@@ -1,5 +1,6 @@
 """What the fuzz tests share: how many examples, hostile values, and what a user's error must look like."""
 
+import json
 import os
 
 from hypothesis import HealthCheck, settings
@@ -42,3 +43,43 @@ JUNK = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.one_of(HOSTILE_TEXTS, st.text(max_size=8)), inner, max_size=4)),
     max_leaves=8,
 )
+
+PIECES = [
+    b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\r\n", b"\n", b"\r", b"\xe2\x80\xa8", b"\xc2\x85", b"\x1b[2J", b"\xc2\x9b", b"\xe2\x80\xae",
+    b"\\ud800", b"\\u0000", b"[" * 2000, b"{\"a\":" * 1500, b"9" * 5000, b"-9" * 3, b"1e999", b"NaN", b"Infinity", b"null", b"true", b'""', b"[]", b"{}",
+    b"0x_", b"2001-99-99", b"!!bool x", b"!!timestamp x", b"!!binary x", b"!!python/object/apply:os.getcwd []", b"&a [*a]", b"&a", b"*a", b"<<: *a",
+    b"? ", b"- ", b": ", b"'", b'"', b"#", b"|", b"%", b"@", b"`", b"\t", b"---", b"...", b"=", b"~", b"../../x", b"/dev/zero", b"a" * 300, b"x.yaml",
+]  # fmt: skip
+
+
+@st.composite
+def mangled(draw, good: bytes):
+    """Noise, or a good file with a few pieces changed."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=80))
+    data = bytearray(good)
+    for _ in range(draw(st.integers(0, 3))):
+        start = draw(st.integers(0, len(data)))
+        end = min(len(data), start + draw(st.sampled_from([0, 0, 1, 2, 5, 20, 100])))
+        data[start:end] = draw(st.one_of(st.binary(max_size=4), st.sampled_from(PIECES), st.just(bytes(data[:40]))))
+    return bytes(data)
+
+
+@st.composite
+def with_junk(draw, good):
+    """A good JSON value with up to three values in it replaced by junk, or keys removed or renamed."""
+    value = json.loads(json.dumps(good))
+    for _ in range(draw(st.integers(1, 3))):
+        node, path = value, []
+        while isinstance(node, dict | list) and node and draw(st.integers(0, 3)):
+            key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+            path.append((node, key))
+            node = node[key]
+        if not path:
+            return draw(JUNK)
+        holder, key = path[-1]
+        if isinstance(holder, dict) and draw(st.integers(0, 4)) == 0:
+            del holder[key]
+        else:
+            holder[key] = draw(JUNK)
+    return value

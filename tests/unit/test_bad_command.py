@@ -181,6 +181,7 @@ def test_tokenizer_larger_than_the_model(base, tmp_path):
     ({"--vocab_size": "10"}, ["--vocab_size", "10"]),
     ({"--lora_r": "0"}, ["--lora_r", "0"]),
     ({"--seed": str(2**40)}, ["--seed"]),
+    ({"--save_only_model": "true"}, ["--save_only_model", "final"]),
     ({"--eval_strategy": "steps", "--validation_split_percentage": "0"}, ["--eval_strategy", "held-out"]),
     ({"--streaming": "true"}, ["--streaming", "--max_steps"]),
 ])  # fmt: skip

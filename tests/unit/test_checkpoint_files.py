@@ -126,6 +126,18 @@ def test_remains_of_saves_and_deletions_are_removed_and_nothing_else(checkpoint)
     assert sorted(path.name for path in output.iterdir()) == [".other", "checkpoint-4"] and not faults(checkpoint)
 
 
+def test_a_checkpoint_that_only_lacked_its_name_gets_it(tmp_path):
+    whole, torn = tmp_path / f"{files.SAVING}8" / "checkpoint-8", tmp_path / f"{files.SAVING}12" / "checkpoint-12"
+    write(whole, step=8), write(torn, step=12)
+    (torn / files.MANIFEST).unlink()
+    kept = write(tmp_path / "checkpoint-4")
+    write(tmp_path / f"{files.SAVING}4" / "checkpoint-4")  # its name is taken
+    assert files.adopt_finished(tmp_path) == [tmp_path / "checkpoint-8"]
+    assert [step for step, _ in RunDir(tmp_path).complete_checkpoints()] == [4, 8] and not faults(kept)
+    files.remove_remains(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+
+
 def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(checkpoint, monkeypatch):
     def cut_off(path):
         (path / "latest").unlink()

@@ -74,13 +74,12 @@ def test_json_array_is_read_as_records(tmp_path):
 
 def test_parquet_text_and_messages(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     path = str(tmp_path / "a.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "", "b"], "x": [1, 2, 3, 4]}), path)
+    parquet.write_table(pyarrow.table({"text": ["a", None, "", "b"], "x": [1, 2, 3, 4]}), path)
     assert texts(DataSpec(train_files=(path,))) == ["a", "b"]
     messages = [[{"role": "user", "content": "hi"}]]
-    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), path)
+    parquet.write_table(pyarrow.table({"messages": messages}), path)
     assert next(read_documents(DataSpec(train_files=(path,)))).messages == messages[0]
 
 

@@ -24,9 +24,12 @@ with open(sys.argv[1], "w") as file:
 """
 
 
-@pytest.mark.parametrize("rank, asked", [("0", "2"), (None, None)])
-def test_prints_to_a_closed_pipe_are_a_wish_to_stop(tmp_path, rank, asked):
-    environment = {**os.environ, "RANK": "0"} if rank else {key: value for key, value in os.environ.items() if key != "RANK"}
+BY = {"deepspeed": {"RANK": "0"}, "mpirun": {"OMPI_COMM_WORLD_RANK": "0"}, "srun": {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}}
+
+
+@pytest.mark.parametrize("launcher, asked", [*((name, "2") for name in BY), (None, None)])
+def test_prints_to_a_closed_pipe_are_a_wish_to_stop(tmp_path, launcher, asked):
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | BY.get(launcher, {})
     process = subprocess.Popen([sys.executable, "-u", "-c", RANK, str(tmp_path / "end")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env={**environment, "PYTHONIOENCODING": "utf-8"})  # fmt: skip
     assert process.stdout.readline().decode() == "café\n"
