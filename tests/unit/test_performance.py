@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # plain scripts: their folder is where they import from
 
 import performance  # noqa: E402
 import performance_cases as plan  # noqa: E402
+import performance_memory  # noqa: E402
 import performance_page as page  # noqa: E402
 import performance_stats as stats  # noqa: E402
 
@@ -134,9 +136,36 @@ def test_profile_difference():
 
 
 def test_running_peak_of_allocations():
-    performance_memory = pytest.importorskip("performance_memory")
     assert performance_memory.highest([(3.0, -5), (1.0, 5), (2.0, 7), (4.0, 4)]) == 12
     assert performance_memory.highest([]) == 0 and performance_memory.highest([(1.0, -4)]) == 0
+
+
+def test_peak_of_a_step_is_what_torch_gave_out_at_once():
+    def step():
+        first = torch.ones(300_000)
+        second = first * 2  # both alive: 2.4 MB
+        del first
+        return (second + 1).sum()
+
+    assert performance_memory.peak_of_one_step(step) == pytest.approx(2.4e6, rel=1e-3)
+
+
+def test_every_live_storage_counts_once():
+    before = performance_memory.live_bytes()
+    held = torch.zeros(250_000)
+    views = [held[:10], held.view(500, 500)]
+    assert performance_memory.live_bytes() - before == 10**6 and len(views) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
+def test_resident_memory_is_below_its_high_water_mark():
+    assert 0 < performance_memory.status_bytes("VmRSS") <= performance_memory.status_bytes("VmHWM")
+
+
+def test_an_engine_without_a_block_has_no_loss_path_and_no_copy():
+    trainer = object.__new__(performance_memory.Trainer)
+    trainer.engine = torch.nn.Linear(1, 1)
+    assert trainer.loss_path is None and trainer.copy_bytes() == 0
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
