@@ -18,7 +18,6 @@ from typing import Any
 
 import common
 import numpy as np
-import overhead
 import torch
 import training
 from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
@@ -144,7 +143,7 @@ def summarize(seconds: dict[str, list[float]], tokens: int) -> dict[str, dict[st
 
 def _ratio(name: str, plain: list[float], mine: list[float]) -> dict[str, Any]:
     ratios = [one / other for one, other in zip(plain, mine, strict=True)]
-    return {f"{name}s": ratios, name: statistics.median(ratios), f"{name}_interval": overhead.bootstrap_median(ratios)}
+    return {f"{name}s": ratios, name: statistics.median(ratios), f"{name}_interval": common.bootstrap_median(ratios)}
 
 
 def title(result: dict[str, Any]) -> str:

@@ -22,7 +22,6 @@ import headline
 import load_once
 import metric_speed
 import million
-import overhead
 import smollm2
 import sweep_cost
 
@@ -121,12 +120,6 @@ def samples(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def overhead_section(result: dict[str, Any]) -> str:
-    parts = [f"{overhead.group_title(group)}:\n\n{common.markdown_table(*overhead.overhead_table(group))}"
-             for group in result["groups"]]  # fmt: skip
-    return "\n\n".join([*parts, "![Step time relative to plain DeepSpeed](figures/overhead.png)"])
-
-
 def headline_section(result: dict[str, Any]) -> str:
     times = result["times"]
     took = (f"Training took {times['seconds'] / 60:.0f} minutes ({times['attempts']} runs, median {times['median']:.0f} s, {times['shortest']:.0f} to "
@@ -196,7 +189,7 @@ def faults_section(result: dict[str, Any]) -> str:
     return "\n\n".join([common.markdown_table(header, rows), *failed])
 
 
-SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "overhead": overhead_section, "headline": headline_section,
+SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "headline": headline_section,
             "arms": arms_section, "pretrained": pretrained_section, "generation": generation_section,
             "million": million_section, "load_once": load_once_section, "sweep_cost": sweep_cost_section,
             "metric_speed": metric_speed_section, "faults": faults_section, "governor": governor_section}  # fmt: skip
@@ -213,14 +206,9 @@ def draw(results: Path, folder: Path) -> list[Path]:
         if result is None:
             continue
         path = folder / f"{name}.png"
-        if name == "overhead":
-            ratios = {group["name"]: {arm: values["time_ratios"] for arm, values in group["arms"].items()
-                                      if arm != overhead.BASELINE} for group in result["groups"]}  # fmt: skip
-            figures.overhead(ratios, path, "Step time of each round relative to plain DeepSpeed, and the median")
-        else:
-            rows = [row for row in result["rows"] if row["level"] is not None]
-            untouched = next((row for row in result["rows"] if row["level"] is None), None)
-            figures.dose_response(rows, path, TITLES[name], baseline=untouched)
+        rows = [row for row in result["rows"] if row["level"] is not None]
+        untouched = next((row for row in result["rows"] if row["level"] is None), None)
+        figures.dose_response(rows, path, TITLES[name], baseline=untouched)
         written.append(path)
     return written
 

@@ -17,7 +17,6 @@ import common  # noqa: E402
 import demo  # noqa: E402
 import figures  # noqa: E402
 import governor  # noqa: E402
-import overhead  # noqa: E402
 import render  # noqa: E402
 import smollm2  # noqa: E402
 import training  # noqa: E402
@@ -94,17 +93,9 @@ def test_stability_measures_take_the_last_known_value():
 
 def test_bootstrap_interval_holds_the_median():
     values = list(np.random.default_rng(1).normal(loc=1.05, scale=0.02, size=25))
-    low, high = overhead.bootstrap_median(values)
+    low, high = common.bootstrap_median(values)
     assert low < np.median(values) < high and high - low < 0.04
-    assert overhead.bootstrap_median([1.0, 1.0]) == [1.0, 1.0]
-
-
-def test_overhead_ratios_are_of_the_same_round():
-    seconds = {"plain": [[1.0] * 3, [2.0] * 3], "level 0": [[1.1] * 3, [2.2] * 3]}  # the machine got slower
-    memory = {arm: [{"resident_gib": gib, "accelerator_gib": 0.0}] for arm, gib in (("plain", 1.0), ("level 0", 1.5))}
-    arms = overhead.summarize(seconds, memory)
-    assert arms["level 0"]["time_ratios"] == pytest.approx([1.1, 1.1])
-    assert arms["level 0"]["memory_ratio"] == {"resident_gib": 1.5}
+    assert common.bootstrap_median([1.0, 1.0]) == [1.0, 1.0]
 
 
 # ---- description and tables -----------------------------------------------------------------------------------------
@@ -230,7 +221,7 @@ def test_flags_of_the_cells_are_accepted(module, cell, tmp_path, monkeypatch):
 # ---- rendering ------------------------------------------------------------------------------------------------------
 
 
-SHOWN = ("demo", "smollm2", "overhead")  # the others have tests of their own
+SHOWN = ("demo", "smollm2")  # the others have tests of their own
 
 
 def dose_row(level, ratio, entropy):
@@ -245,7 +236,7 @@ def dose_row(level, ratio, entropy):
 
 @pytest.fixture
 def results(tmp_path):
-    """A folder with the three results files, small."""
+    """A folder with two results files, small."""
     head = {
         "finished_at": "2026-01-02T03:04:05+00:00", "command": "python benchmarks/demo.py --levels 0 0.5",
         "git": {"revision": "b" * 40, "dirty": True}, "versions": {"python": "3.11", "torch": "2.13", "peft": None},
@@ -254,14 +245,9 @@ def results(tmp_path):
     }  # fmt: skip
     rows = [dose_row(0.0, 1.0, 4.5), dose_row(0.5, 0.503, 3.25), dose_row(0.9, None, 1.5)]
     untouched = {**dose_row(0.0, None, 4.75), "level": None, "name": "untouched"}
-    memory = {"resident_gib": 1.25, "resident_growth_gib": 0.5, "accelerator_gib": 0.0}
-    arm = {"median_seconds": 0.125, "time_ratio": 1.0625, "time_ratio_interval": [1.03125, 1.09375], "memory": memory,
-           "time_ratios": [1.05, 1.06, 1.07], "memory_ratio": {"resident_gib": 1.015625, "resident_growth_gib": 1.0}}  # fmt: skip
-    group = {"name": "tiny", "bf16": False, "batch_size": 4, "block_size": 128, "world_size": 2, "together": True,
-             "arms": {name: arm for name in overhead.ARMS}}  # fmt: skip
     folder = tmp_path / "results"
     folder.mkdir()
-    for kind, body in (("demo", {"rows": rows}), ("smollm2", {"rows": [untouched, *rows]}), ("overhead", {"groups": [group]})):
+    for kind, body in (("demo", {"rows": rows}), ("smollm2", {"rows": [untouched, *rows]})):
         (folder / f"{kind}.json").write_text(json.dumps({"kind": kind, **head, **body}))
     return folder
 
@@ -272,7 +258,6 @@ def test_page_is_rendered_from_the_files(results):
     assert text.startswith("# Results\n\nBy hand.\n") and "old" not in text
     assert "| 0.5 | 0.503 ± 0.004 | 4.12 | 3.25 | 0.250 | 0.875 | 0.062 | 0.625 |" in text
     assert "| untouched | - | 4.125 | 4.750 |" in text
-    assert "| level 0.5 | 125.0 | 1.062 [1.031, 1.094] | 1.25 | 1.016 |" in text
     assert "python benchmarks/demo.py --levels 0 0.5" in text and "Seeds: seed 7." in text and "torch 2.13" in text
     assert f"Commit `{'b' * 12}` with uncommitted changes, some runs at `{'a' * 12}`." in text
     assert "peft" not in text and "probe num_prompts 64" in text
@@ -287,10 +272,10 @@ def test_samples_stay_inside_their_block(results):
 
 
 def test_missing_and_wrong_files(results):
-    (results / "demo.json").rename(results / "overhead.json")
+    (results / "demo.json").rename(results / "generation.json")
     assert "Not measured yet" in render.section("demo", results)
     with pytest.raises(ValueError, match="kind 'demo'"):
-        render.section("overhead", results)
+        render.section("generation", results)
     with pytest.raises(KeyError):
         render.filled("<!-- generated: nothing -->\n<!-- end -->", results)
 
