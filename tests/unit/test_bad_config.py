@@ -91,7 +91,7 @@ BLOCKS = [
     ({"level": 0.5, "controller": {"mode": "governor"}}, "stability.controller.mode", '"governor"', "the two would pull against each other"),
     ({"level": [[0, 0], [9, 0.1]], "controller": {"mode": "governor"}}, "stability.controller.mode", '"governor"', "or set level to 0"),
     ({"stabilizers": {"feedback": {"level": 0.1}}, "controller": {"mode": "governor"}}, "stability.controller.mode", '"governor"', "or set level to 0"),
-    ({"controller": {"mode": "governor"}, "loss_path": "stock"}, "stability.loss_path", '"stock"', "and the governor, act through the chunked loss"),
+    ({"controller": {"mode": "governor"}, "loss_path": "stock"}, "stability.loss_path", '"stock"', "the governor, and every objective but cross_entropy act through our loss"),
     ({"controller": {"trim_ki": -0.1}}, "stability.controller.trim_ki", "-0.1", "a number from 0 to 10"),
     ({"statistics": {"ema_decay": 1}}, "stability.statistics.ema_decay", "1", "a number above 0 and below 1"),
     ({"statistics": {"ema_decay": 0}}, "stability.statistics.ema_decay", "0", "a number above 0 and below 1"),

@@ -171,4 +171,4 @@ def test_a_closed_pipe_is_no_error(tmp_path):
 
 def test_a_governor_is_the_reason_for_the_loss_path(inspect):
     _, out, _ = inspect({**GOOD, "stability": {"controller": {"mode": "governor", "target": 3.5}}})
-    assert "loss path: chunked (the governor of entropy acts through it)" in out
+    assert "loss path: linear (the governor of entropy acts through it)" in out
