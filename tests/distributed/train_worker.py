@@ -16,7 +16,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from host_syncs import HostSyncs  # noqa: E402
 from train_data import DEFAULTS, build_model, held_out, micro_batches, num_items  # noqa: E402
 

@@ -6,6 +6,7 @@ of its own in a step.
 
 import pytest
 import torch
+from host_syncs import HostSyncs
 
 FAMILIES = {"feedback": {}, "clipping": {}, "averaging": {}, "regularization": {"kind": "z_loss"}}
 CONTROLLED = {"level": 0.5, "stabilizers": FAMILIES, "statistics": {"update_ratio_interval": 1}, "controller": {"warmup_steps": 1}}
@@ -37,8 +38,6 @@ def test_the_host_waits_once_a_step(results, name):
 
 
 def test_the_counter_counts(results):
-    from host_syncs import HostSyncs
-
     with HostSyncs().watching() as syncs:
         value = torch.ones(3)
         value.sum().item()

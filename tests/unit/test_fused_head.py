@@ -5,14 +5,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from host_syncs import HostSyncs
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_stability import fused_head
+from ds_stability import fused_head, linear_loss
 from ds_stability.config import StabilityConfig
 from ds_stability.controller import Setting
 from ds_stability.fused_head import FusedHead, NoLogits, RoutedLinear, UnknownHead, find_transform, fuse_head
 from ds_stability.linear_loss import LogitTransform
 from ds_stability.loss import StabilityLoss
+from ds_stability.noise import MicroGradientMeter
 from ds_stability.stability import require_same_block
 from ds_stability.statistics import TOKEN_FIELDS
 
@@ -352,6 +354,27 @@ def test_a_second_forward_before_the_backward_is_refused_where_zero3_would_lose_
     model(input_ids=ids, labels=labels)
     with pytest.raises(ValueError, match="second forward came before a backward"):
         model(input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize("path", ["stock", "chunked", "linear"])
+def test_nothing_is_asked_of_the_device_in_forward_and_backward(monkeypatch, path):
+    """As on an accelerator: on a CPU the linear loss leaves masked tokens out, whose number would be a synchronization."""
+    monkeypatch.setattr(linear_loss, "_supervised_rows", lambda mask_N: None)
+    model = make_model("gemma2")
+    twin = copy.deepcopy(model)
+    loss = install(model, path == "linear", setting=Setting(1.3, 3.0, 0.9, 1.7, entropy_bonus=0.4))
+    loss.chunked = path != "stock"
+    meter = MicroGradientMeter(model, torch.device("cpu"), 1)
+    loss.on_backward = meter.start
+    ids, labels = make_ids()
+    places = []
+    for net in (twin, model):
+        with HostSyncs().watching() as syncs:
+            net(input_ids=ids, labels=labels).loss.backward()
+            meter.close()
+        places.append(syncs.places)
+    assert len(places[1]) <= len(places[0]), places[1]
+    assert (loss.forwards, loss.backwards) == (1, 1)
 
 
 def test_an_entropy_bonus_is_taken_off_the_objective():

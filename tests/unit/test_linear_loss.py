@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -89,20 +90,22 @@ def check(spec, seed=0, tolerance=None, upstream=1.0, **kinds):
 @given(
     st.integers(0, 10**6), st.sampled_from(CHUNKS), st.floats(-2.0, 4.0), st.floats(0.5, 5.0), st.floats(0.3, 3.0),
     st.floats(0.1, 1.0), st.booleans(), st.booleans(), st.sampled_from(sorted(OBJECTIVES)), st.sampled_from(sorted(TRANSFORMS)),
-    st.sampled_from([0.0, 0.2, -0.7]),
+    st.sampled_from([0.0, 0.2, -0.7]), st.sampled_from([1, 3 * VOCAB, 2**18]),
 )  # fmt: skip
 def test_loss_gradients_and_statistics_are_the_law(
-    seed, chunk, gain, mu, sigma, supervised, bias, high, objective, transform, entropy
+    seed, chunk, gain, mu, sigma, supervised, bias, high, objective, transform, entropy, work
 ):
     spec = LossSpec(Setting(gain, mu, sigma, 0.5 + supervised), OBJECTIVES[objective], entropy, TRANSFORMS[transform],
                     (torch.arange(VOCAB) % 3 == 0).float() if high else None, chunk)  # fmt: skip
-    check(spec, seed, bias=bias, supervised=supervised)
+    with mock.patch.object(module, "WORK_ELEMENTS", {"cpu": work}):  # parts of one row, of three, of a whole chunk
+        check(spec, seed, bias=bias, supervised=supervised)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("chunk", [5, None])
-def test_half_precision_to_its_rounding(dtype, transform, chunk):
+@pytest.mark.parametrize(("chunk", "work"), [(5, 2**18), (None, 3 * VOCAB), (None, 2**18)])
+def test_half_precision_to_its_rounding(monkeypatch, dtype, transform, chunk, work):
+    monkeypatch.setattr(module, "WORK_ELEMENTS", {"cpu": work})
     spec = LossSpec(SETTING, transform=TRANSFORMS[transform], chunk_size=chunk, entropy_coefficient=0.1)
     check(spec, 2, dtype=dtype, upstream=64.0)
 
