@@ -11,7 +11,7 @@ from ds_stability.errors import AlarmStoppedError
 from ds_stability.recorder import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = 140
+STEPS = 100
 pytestmark = pytest.mark.slow
 
 
