@@ -69,12 +69,12 @@ class ControllerConfig(Section):
         "warmup",
         description="governor: when it begins; after warm-up, or only once an alarm, or engine.stability.start_governor(), says so",
     )
-    kp: float = Field(0.3, ge=0, le=100, description="governor: proportional gain, output per nat of entropy or per .1 of a mass")
-    ki: float = Field(0.03, ge=0, le=10, description="governor: integral gain, per applied step")
-    dead_band: float = Field(0.002, ge=0, lt=1, description="governor: error that is left alone, as a share of the set point")
+    kp: float = Field(0.6, ge=0, le=100, description="governor: proportional gain, output per nat of entropy or per .1 of a mass")
+    ki: float = Field(0.08, ge=0, le=10, description="governor: integral gain, per applied step")
+    dead_band: float = Field(0.001, ge=0, lt=1, description="governor: error that is left alone, as a share of the set point")
     slew_rate: float = Field(0.02, gt=0, le=50, description="governor: largest change of the output in one applied step")
     output_limit: float = Field(
-        1.0, gt=0, le=8, description="governor: bound of |gain| or |b|; a set point that asks for more is saturated"
+        1.0, gt=0, le=8, description="governor: bound of |gain| or 2 |b|; a set point that asks for more is saturated"
     )
     setpoint_ramp_steps: Steps = Field(
         100, description="governor: applied steps in which the set point moves from what is measured to the target; a model that "

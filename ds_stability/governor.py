@@ -5,7 +5,7 @@ u is a spread: above 0 it pushes the next-token distribution apart, below 0 it p
 token weights of gain -u or into an entropy bonus u (stabilizers/governance.py).
 
     e  = sign (set point - value) / scale      positive: the distribution has to spread
-    u* = clip(kp e + I, -limit, limit)         I += ki e (steps since the last measurement)
+    u* = clip(kp e + I, -limit, limit)         I += ki e (steps since the last measurement, at most 10)
     u  follows u* by at most slew_rate an applied step
 
 The integral stands still while a bound or the slew rate holds the output back and the error pushes against it (conditional
@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 #: Statistic -> (sign of its answer to a spread, an error of this size counts as 1). Scales: on a small language model the
 #: same gain that moves entropy by 1 nat moves the masses by about .1.
 STATISTICS = {"entropy": (1.0, 1.0), "top1_mass": (-1.0, 0.1), "high_frequency_mass": (-1.0, 0.1)}
-#: A measurement stands for this many applied steps at most: with rarer ones the integral would outrun the model's answer.
+#: A measurement stands for this many applied steps at most, and rarer ones act more gently by the ratio of the intervals: the
+#: loop would outrun the model's answer otherwise.
 MAX_HOLD_STEPS = 10
 TREND_STEPS = 20  # memory of the slope that tells whether to coast
 MIN_TREND_STEPS = 10  # applied steps that must be known for it
@@ -67,7 +68,7 @@ class Governor:
             itself is trusted; 0 acts at once.
     """
 
-    def __init__(self, statistic="entropy", kp=0.3, ki=0.03, dead_band=0.002, slew_rate=0.02, output_limit=1.0,
+    def __init__(self, statistic="entropy", kp=0.6, ki=0.08, dead_band=0.001, slew_rate=0.02, output_limit=1.0,
                  warmup_steps=0, setpoint_ramp_steps=100):  # fmt: skip
         self.sign, self.scale = STATISTICS[statistic]
         self.kp, self.ki, self.dead_band = kp, ki, dead_band
@@ -114,14 +115,14 @@ class Governor:
         state.value, state.target = value, target
         if state.applied_steps < self.warmup_steps or state.waiting:
             return
-        held = 1
+        elapsed = 1
         if state.engaged_step is None:
             if self._coasts(before, previous):
                 return
             state.engaged_step, state.start = state.applied_steps, value
         elif before is not None:
-            held = min(max(state.applied_steps - before, 1), MAX_HOLD_STEPS)
-        self._control(held)
+            elapsed = max(state.applied_steps - before, 1)
+        self._control(elapsed)
 
     def _coasts(self, before: int | None, previous: float | None) -> bool:
         """Whether to wait: too little is known, or the model is coming by itself. `previous` was measured at step `before`."""
@@ -141,11 +142,11 @@ class Governor:
         soon, late = abs(slope) * LANDING_STEPS, abs(slope) * COAST_RAMPS * self.setpoint_ramp_steps
         return away * slope > 0.0 and soon < abs(away) <= late
 
-    def _control(self, held: int) -> None:
+    def _control(self, elapsed: int) -> None:
         state = self.state
-        error = self._scaled_error()
+        error = self._scaled_error() * min(1.0, MAX_HOLD_STEPS / elapsed)
         if self._held_back() * error <= 0.0:  # free to move, or the error pulls back
-            state.integral = _clip(state.integral + self.ki * error * held, self.output_limit)
+            state.integral = _clip(state.integral + self.ki * error * min(elapsed, MAX_HOLD_STEPS), self.output_limit)
         state.command = _clip(self.kp * error + state.integral, self.output_limit)
 
     def _held_back(self) -> float:

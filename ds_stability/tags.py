@@ -42,7 +42,7 @@ TAGS: dict[str, Tag] = {
     "stability/governor_target": Tag("nats or 0..1", "the number, the untouched model's value, or the probe's cross-entropy", "governor", "where the set point ends"),
     "stability/governor_setpoint": Tag("nats or 0..1", "from the value at the end of warm-up to the target in setpoint_ramp_steps", "governor", "set point in force in this step"),
     "stability/governor_error": Tag("nats or 0..1", "set point - statistic", "governor", "what the governor works on, before the dead band"),
-    "stability/governor_output": Tag("-", "follows kp e + I by slew_rate, |output| <= output_limit", "governor", "above 0 spreads the distribution: gain = -output, or entropy bonus = output"),
+    "stability/governor_output": Tag("-", "follows kp e + I by slew_rate, |output| <= output_limit", "governor", "above 0 spreads the distribution: gain = -output, or entropy bonus = output / 2"),
     "stability/governor_integral": Tag("-", "I = ki sum(e), still at a limit", "governor", "integral part of the governor's output"),
     "stability/entropy_bonus": Tag("-", "b in the objective s - b H", "governor", "coefficient of the entropy bonus; below 0 a penalty"),
     # the meter

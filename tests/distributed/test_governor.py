@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from ds_stability.stabilizers.governance import BONUS
+
 COMMS = {"comms_logger": {"enabled": True, "prof_all": True, "verbose": False, "debug": False}}
 VOCAB = 97
 STEPS, WARMUP, SETTLED = 90, 20, 60
@@ -62,8 +64,7 @@ def test_reaches_a_target_from_either_side(results, name):
     last = rows[-1]
     acts, rests = ("gain", "entropy_bonus") if control["actuator"] == "token_weight" else ("entropy_bonus", "gain")
     assert last[f"stability/{rests}"] == 0.0 and last["stability/governor_output"] * (target - 3.5) > 0
-    sign = -1 if acts == "gain" else 1
-    assert last[f"stability/{acts}"] == sign * last["stability/governor_output"]
+    assert last[f"stability/{acts}"] == (-1 if acts == "gain" else BONUS) * last["stability/governor_output"]
     assert all(row[f"stability/{acts}"] == 0.0 for row in rows[:WARMUP])
 
 

@@ -17,7 +17,7 @@ from ds_stability.errors import StabilityConfigError
 from ds_stability.held_out import HeldOut, evaluating, first_rows
 from ds_stability.launchers.setup_run import governor_sequences, warn_of_overlap
 from ds_stability.loss import StabilityLoss
-from ds_stability.stabilizers.governance import Governance, check_target
+from ds_stability.stabilizers.governance import BONUS, Governance, check_target
 from ds_stability.statistics import FIELDS, TOKEN_FIELDS, VECTOR_SIZE, StepSums
 
 
@@ -192,7 +192,7 @@ def test_a_governor_that_waits_for_an_alarm_begins_when_told():
     assert due == [0, 11, 14]
 
 
-@pytest.mark.parametrize(("actuator", "gain_sign", "bonus_sign"), [("token_weight", -1, 0), ("entropy_bonus", 0, 1)])
+@pytest.mark.parametrize(("actuator", "gain_sign", "bonus_sign"), [("token_weight", -1, 0), ("entropy_bonus", 0, BONUS)])
 def test_entropy_below_its_target_spreads(actuator, gain_sign, bonus_sign):
     governance, loss = Governance(control_of(target=3.5, actuator=actuator, probe_interval=0, setpoint_ramp_steps=0), 0.9), SimpleNamespace()
     for _ in range(10):
