@@ -4,6 +4,7 @@ A unit is one batch of one decoding. Its rows, sorted by the length of the promp
 suite alone, so that any rank makes the same bytes of it, in any order, in one go or after a kill.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -121,6 +122,6 @@ class GenerationTask:
 
 
 def _check_unique(what: str, values: list[Any]) -> None:
-    for value in values:
-        if values.count(value) > 1:
+    for value, count in Counter(values).items():
+        if count > 1:
             raise UserError(f"{what}: {value!r} is given twice; remove one")
