@@ -10,6 +10,7 @@ in place of logits; the model's `loss_function` takes the finished loss for it. 
 import copy
 import inspect
 import math
+import sys
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
@@ -292,3 +293,13 @@ class FusedHead:
         del self.head.fused
         for handle in self.handles:
             handle.remove()
+
+
+def fuse_head(model, loss: StabilityLoss, root: torch.nn.Module | None = None) -> None:
+    """Let the head of `model` compute `loss`. A head that is not understood goes on giving logits, which rank 0 says once."""
+    try:
+        loss.head = FusedHead(model, loss, root)
+    except UnknownHead as reason:
+        if loss.rank == 0:
+            print(f"ds_stability: the loss of {type(model).__name__} is computed from its logits (loss_path chunked): {reason}",
+                  file=sys.stderr, flush=True)  # fmt: skip

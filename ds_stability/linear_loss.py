@@ -9,8 +9,14 @@ backward is [tokens, hidden] and [vocab, hidden], the latter in the head's own d
 
 Half precision computes the logits once more, block of the vocabulary by block, see `_Pass`: it is faster and smaller there.
 
-Memory beyond that: two fp32 buffers of one chunk (three with a soft-cap; one more of half precision). Like Liger's fused linear cross-entropy (arXiv 2410.10989) this divides
-nothing by the token count, so that `grad_output` alone scales, and fp16 neither under- nor overflows.
+Memory beyond that: one chunk in the head's dtype and two fp32 work buffers (three with a soft-cap), of the chunk's size on an
+accelerator and of a fixed small one on a CPU, where what stays in the cache is twice as fast. Like Liger's fused linear
+cross-entropy (arXiv 2410.10989) this divides nothing by the token count, so that `grad_output` alone scales, and fp16 neither
+under- nor overflows.
+
+The products are torch.mm in the head's dtype, as the model's own head would be: in fp32 with full precision unless
+torch.backends.cuda.matmul.allow_tf32 is set; in bf16 and fp16 with fp32 accumulation inside a product, up to
+allow_bf16_reduced_precision_reduction.
 """
 
 from collections.abc import Callable
@@ -19,12 +25,23 @@ from dataclasses import dataclass, field
 import torch
 
 from ds_stability.controller import Setting
-from ds_stability.loss import CHUNK_ELEMENTS_DEFAULT, Objective, cross_entropy, token_weights
+from ds_stability.loss import (
+    CHUNK_ELEMENTS_DEFAULT,
+    Objective,
+    cross_entropy,
+    statistics_in_place,
+    token_weights,
+    view_of,
+)
 
-#: Elements of one chunk's [tokens, vocab] buffer, half of that for a half-precision head. On a CPU more than the logits
-#: path's: a chunk costs one read of the head and one read and write of its gradient, to be spread over many tokens.
+#: Elements of one chunk's [tokens, vocab] buffer. On a CPU more than the logits path's: a chunk costs one read of the head and
+#: one read and write of its gradient, to be spread over many tokens.
 CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_TOKENS_MIN = 64
+#: On CUDA the buffers get this share of the device's memory, and a chunk no more tokens than keep its matrix units busy.
+CUDA_SHARE, CUDA_TOKENS_MAX = 64, 512
+#: Elements that are worked on at a time: on a CPU two fp32 buffers of this size stay in the L2 cache.
+WORK_ELEMENTS = {"cpu": 2**18}
 #: Tokens of one tile of a half-precision gradient; its columns fill the chunk's buffer.
 TILE_TOKENS = 512
 HALF = (torch.float16, torch.bfloat16)
@@ -86,12 +103,16 @@ class Tokens:
 
 
 def chunk_tokens(hidden_ND: torch.Tensor, vocab: int, chunk_size: int | None) -> int:
-    """Tokens per chunk: `chunk_size`, else equal chunks of at most a fixed number of elements."""
+    """Tokens per chunk: `chunk_size`, else equal chunks from the vocabulary and the device's memory; no host sync."""
     tokens = max(1, hidden_ND.shape[0])
     if chunk_size:
         return min(chunk_size, tokens)
+    half, most = hidden_ND.dtype in HALF, tokens
     elements = CHUNK_ELEMENTS.get(hidden_ND.device.type, CHUNK_ELEMENTS_DEFAULT)
-    most = max(CHUNK_TOKENS_MIN, elements // (2 if hidden_ND.dtype in HALF else 1) // vocab)
+    if hidden_ND.device.type == "cuda":  # a chunk, and work buffers of its size
+        memory = torch.cuda.get_device_properties(hidden_ND.device).total_memory
+        elements, most = memory // CUDA_SHARE // (10 if half else 8), CUDA_TOKENS_MAX
+    most = min(max(CHUNK_TOKENS_MIN, elements // vocab), most)
     return -(-tokens // -(-tokens // most))
 
 
@@ -113,8 +134,9 @@ class _Pass:
         self.tile = (height, min(vocab, -(-self.chunk * vocab // height)))
         # Reused by every chunk: an allocator that maps fresh pages for each costs as much as the softmax on a CPU.
         size, new = max(self.chunk * vocab, self.tile[0] * self.tile[1]), hidden_ND.new_empty
-        self.buffers = [new(size, dtype=self.dtype), new(size, dtype=self.dtype)]
-        self.raw = new(size) if self.half else self.buffers[0]
+        self.raw = new(size)  # logits of a chunk or a tile, then their gradient
+        self.span = min(size, max(vocab, WORK_ELEMENTS.get(hidden_ND.device.type, size)))
+        self.buffers = [new(self.span if self.half else 0, dtype=self.dtype), new(self.span, dtype=self.dtype)]
         self.values_KN = new((len(FIELDS), tokens), dtype=self.dtype)
         kept = torch.float32 if hidden_ND.dtype == torch.float16 else hidden_ND.dtype  # fp16 would lose small gradients
         self.grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=self.dtype) if needs[0] else None
@@ -126,81 +148,85 @@ class _Pass:
 
     def run(self, targets_N, mask_N, weight_N=None) -> Tokens:
         """Everything; `weight_N` takes the place of exp(-gain z)."""
-        labels_N1 = torch.where(mask_N, targets_N, 0).unsqueeze(1)
+        labels_N1, self.mask_N = torch.where(mask_N, targets_N, 0).unsqueeze(1), mask_N
         tiled = self.half and self.spec.objective is cross_entropy
         if self.half and not tiled and self.grad_weight_VD is not None and len(targets_N) > self.chunk:
             self.sum_WD = torch.empty_like(self.weight_VD, dtype=self.dtype)  # an objective that needs whole rows
         for start in range(0, len(targets_N), self.chunk):
             rows = slice(start, start + self.chunk)
-            grad_CV = self._statistics(rows, labels_N1[rows], weight_N, any(self.needs) and not tiled)
-            if grad_CV is not None:
-                self._accumulate(rows, slice(0, len(self.weight_VD)), grad_CV, self._coefficient(mask_N, rows))
+            columns, wanted = slice(0, len(self.weight_VD)), any(self.needs) and not tiled
+            raw_CV = self._product(rows, columns)
+            for part, at in self._parts(rows, raw_CV):
+                self._statistics(raw_CV[part], at, labels_N1[at], weight_N, wanted)
+            if wanted:
+                self._accumulate(rows, columns, raw_CV)
         if self.sum_WD is not None:
             self.grad_weight_VD.copy_(self.sum_WD)
         if tiled and any(self.needs):
-            self._tiles(labels_N1, mask_N)
+            self._tiles(labels_N1)
         return Tokens(self.values_KN, mask_N)
 
-    def _coefficient(self, mask_N, rows) -> torch.Tensor:
+    def _coefficient(self, rows) -> torch.Tensor:
         """weight_i / mean_weight, [C, 1]; 0 where nothing is supervised."""
         weight_C = self.values_KN[FIELDS.index("weight"), rows] / self.spec.setting.mean_weight
-        return torch.where(mask_N[rows], weight_C, 0.0).unsqueeze(1)
+        return torch.where(self.mask_N[rows], weight_C, 0.0).unsqueeze(1)
 
-    def _logits(self, rows: slice, columns: slice) -> torch.Tensor:
-        """Transformed logits of some tokens and some of the vocabulary, in the first fp32 buffer."""
+    def _product(self, rows: slice, columns: slice) -> torch.Tensor:
+        """Raw logits of some tokens and some of the vocabulary, in the head's dtype."""
         hidden_CD, weight_WD = self.hidden_ND[rows], self.weight_VD[columns]
-        shape = (len(hidden_CD), len(weight_WD))
-        raw_CW, logits_CW = _view(self.raw, shape), _view(self.buffers[0], shape)
+        raw_CW = view_of(self.raw, (len(hidden_CD), len(weight_WD)))
         if self.bias_V is None:
-            torch.mm(hidden_CD, weight_WD.t(), out=raw_CW)
-        else:
-            torch.addmm(self.bias_V[columns], hidden_CD, weight_WD.t(), out=raw_CW)
-        if self.half:
-            logits_CW.copy_(raw_CW)
+            return torch.mm(hidden_CD, weight_WD.t(), out=raw_CW)
+        return torch.addmm(self.bias_V[columns], hidden_CD, weight_WD.t(), out=raw_CW)
+
+    def _parts(self, rows: slice, raw_CW):
+        """(rows of the chunk, rows of the micro-batch) of each part that fits into the work buffers."""
+        step = max(1, self.span // raw_CW.shape[1])
+        for start in range(0, len(raw_CW), step):
+            stop = min(start + step, len(raw_CW))
+            yield slice(start, stop), slice(rows.start + start, rows.start + stop)
+
+    def _logits(self, raw_CW) -> torch.Tensor:
+        """Transformed logits in fp32 or better; those of a full-precision head in place."""
+        logits_CW = view_of(self.buffers[0], raw_CW.shape).copy_(raw_CW) if self.half else raw_CW
         return self.spec.transform.apply_(logits_CW)
 
-    def _statistics(self, rows, labels_C1, weight_N, wanted: bool) -> torch.Tensor | None:
-        """Statistics of a chunk into `values_KN`; with `wanted` returns d objective / d raw logits, in a buffer."""
-        spec, logits_CV = self.spec, self._logits(rows, slice(0, len(self.weight_VD)))
+    def _keep(self, gradient_CW, slope_CW, raw_CW, rows, columns) -> None:
+        """The gradient of a part takes the place of its raw logits; that of the bias is summed before it is rounded."""
+        if not (isinstance(slope_CW, float) and slope_CW == 1.0):
+            gradient_CW.mul_(slope_CW)
+        if self.grad_bias_V is not None:
+            self.grad_bias_V[columns].addmv_(gradient_CW.t(), self._coefficient(rows).squeeze(1))
+        raw_CW.copy_(gradient_CW)
+
+    def _statistics(self, raw_CV, rows, labels_C1, weight_N, wanted: bool) -> None:
+        """Statistics of a part into `values_KN`; with `wanted` its raw logits become d objective / d raw logits."""
+        spec, logits_CV = self.spec, self._logits(raw_CV)
         slope_CV = spec.transform.slope(logits_CV) if wanted else 1.0
         plain = spec.objective is cross_entropy
         value_C, other_CV = (None, None) if plain else _differentiate(spec.objective, logits_CV, labels_C1.squeeze(1), wanted)
-        peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
-        shifted_CV = logits_CV.sub_(peak_C1)  # entropy of a collapsed model needs the small numbers, not lse - E[x]
-        label_C1 = shifted_CV.gather(1, labels_C1)
-        shifted_CV.clamp_(min=-200.0)  # exp() is 0 there, so the bound changes nothing but 0 * -inf (a padded vocabulary)
-        exp_CV = torch.exp(shifted_CV, out=_view(self.buffers[1], shifted_CV.shape))
-        total_C1 = exp_CV.sum(dim=-1, keepdim=True)
-        log_total_C1 = total_C1.log()
-        product_CV = shifted_CV.mul_(exp_CV)
-        entropy_C1 = log_total_C1 - product_CV.sum(dim=-1, keepdim=True) / total_C1
-        surprisal_C = (log_total_C1 - label_C1).squeeze(1)
-        high_V = spec.high_frequency_V
-        high_C = torch.mv(exp_CV, high_V.to(self.dtype)) / total_C1.squeeze(1) if high_V is not None else 0.0 * surprisal_C
+        exp_CV = view_of(self.buffers[1], logits_CV.shape)
+        values_5C, total_C1, log_total_C1 = statistics_in_place(logits_CV, exp_CV, labels_C1, spec.high_frequency_V)
+        (surprisal_C, entropy_C), product_CV = values_5C[:2], logits_CV
         weight_C = token_weights(surprisal_C, spec.setting) if weight_N is None else weight_N[rows]
-        value_C = (surprisal_C if plain else value_C) + spec.entropy_coefficient * entropy_C1.squeeze(1)
-        self.values_KN[:, rows] = torch.stack([surprisal_C, entropy_C1.squeeze(1), 1.0 / total_C1.squeeze(1),
-                                               (peak_C1 + log_total_C1).squeeze(1), high_C, weight_C, value_C])  # fmt: skip
+        value_C = (surprisal_C if plain else value_C) + spec.entropy_coefficient * entropy_C
+        self.values_KN[:5, rows], self.values_KN[5, rows], self.values_KN[6, rows] = values_5C, weight_C, value_C
         if not wanted:
-            return None
+            return
         c = spec.entropy_coefficient  # d entropy / d logit = -p (log p + entropy)
-        factor_C1 = (float(plain) + c * (log_total_C1 - entropy_C1)) / total_C1
+        factor_C1 = (float(plain) + c * (log_total_C1 - entropy_C.unsqueeze(1))) / total_C1
         gradient_CV = exp_CV.mul_(factor_C1)
         if c:
             gradient_CV.sub_(product_CV.mul_(c / total_C1))
         if plain:
-            gradient_CV.scatter_add_(1, labels_C1, torch.full_like(label_C1, -1.0))
+            gradient_CV.scatter_add_(1, labels_C1, torch.full_like(total_C1, -1.0))
         else:
             gradient_CV.add_(other_CV)
-        return gradient_CV if isinstance(slope_CV, float) and slope_CV == 1.0 else gradient_CV.mul_(slope_CV)
+        self._keep(gradient_CV, slope_CV, raw_CV, rows, slice(0, raw_CV.shape[1]))
 
-    def _accumulate(self, rows, columns, grad_CW, weight_C1) -> None:
+    def _accumulate(self, rows, columns, grad_CW) -> None:
         """Add the gradients of a chunk or a tile. The weights scale rows of width D, not V: cheaper, and safe in fp16."""
-        hidden_CD = self.hidden_ND[rows]
-        if self.grad_bias_V is not None:
-            self.grad_bias_V[columns].addmv_(grad_CW.t(), weight_C1.squeeze(1))
-        if self.half:
-            grad_CW = _view(self.raw, grad_CW.shape).copy_(grad_CW)
+        hidden_CD, weight_C1 = self.hidden_ND[rows], self._coefficient(rows)
         if self.grad_hidden_ND is not None:
             self.grad_hidden_ND[rows] += torch.mm(grad_CW, self.weight_VD[columns]).to(self.dtype) * weight_C1
         if self.grad_weight_VD is None:
@@ -221,7 +247,7 @@ class _Pass:
         part_WD = part_WD.float().mul_(top) if hidden_CD.dtype == torch.float16 else part_WD
         target_WD.copy_(part_WD) if first else target_WD.add_(part_WD)
 
-    def _tiles(self, labels_N1, mask_N) -> None:
+    def _tiles(self, labels_N1) -> None:
         """Gradients of the plain objective from the known log-partition and entropy, block of the vocabulary by block."""
         tokens, (size, width) = len(labels_N1), self.tile
         several = tokens > size and self.grad_weight_VD is not None  # tiles fall on one block: sum them in fp32
@@ -231,27 +257,26 @@ class _Pass:
                 self.sum_WD = self.hidden_ND.new_empty((columns.stop - left, self.hidden_ND.shape[1]), dtype=self.dtype)
             for start in range(0, tokens, size):
                 rows = slice(start, min(start + size, tokens))
-                self._accumulate(rows, columns, self._tile(rows, columns, labels_N1[rows]), self._coefficient(mask_N, rows))
+                raw_CW = self._product(rows, columns)
+                for part, at in self._parts(rows, raw_CW):
+                    self._tile(raw_CW[part], at, columns, labels_N1[at])
+                self._accumulate(rows, columns, raw_CW)
             if several:
                 self.grad_weight_VD[columns] = self.sum_WD
 
-    def _tile(self, rows, columns, labels_C1) -> torch.Tensor:
-        """d (cross-entropy + coefficient * entropy) / d raw logits of a tile, in a buffer."""
-        spec, logits_CW = self.spec, self._logits(rows, columns)
+    def _tile(self, raw_CW, rows, columns, labels_C1) -> None:
+        """Raw logits of a part of a tile become d (cross-entropy + coefficient * entropy) / d raw logits."""
+        spec, logits_CW = self.spec, self._logits(raw_CW)
         slope_CW = spec.transform.slope(logits_CW)
         log_p_CW = logits_CW.sub_(self.values_KN[FIELDS.index("log_partition"), rows].unsqueeze(1))
-        p_CW = torch.exp(log_p_CW, out=_view(self.buffers[1], log_p_CW.shape))
+        p_CW = torch.exp(log_p_CW, out=view_of(self.buffers[1], log_p_CW.shape))
         if spec.entropy_coefficient:
             entropy_C1 = self.values_KN[FIELDS.index("entropy"), rows].unsqueeze(1)
             log_p_CW.clamp_(min=-200.0).add_(entropy_C1).mul_(-spec.entropy_coefficient).add_(1.0)
             p_CW.mul_(log_p_CW)
         inside_C1 = (labels_C1 >= columns.start) & (labels_C1 < columns.stop)
         p_CW.scatter_add_(1, (labels_C1 - columns.start).clamp(0, columns.stop - columns.start - 1), -inside_C1.to(p_CW.dtype))
-        return p_CW if isinstance(slope_CW, float) and slope_CW == 1.0 else p_CW.mul_(slope_CW)
-
-
-def _view(buffer, shape) -> torch.Tensor:
-    return buffer[: shape[0] * shape[1]].view(shape)
+        self._keep(p_CW, slope_CW, raw_CW, rows, columns)
 
 
 def _differentiate(objective, logits_CV, labels_C, wanted: bool):

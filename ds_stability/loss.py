@@ -22,8 +22,8 @@ from ds_stability.statistics import TOKEN_FIELDS
 IGNORE_INDEX = -100
 #: Per-token objective: (logits_CV fp32, labels_C) -> loss_C. The weights multiply it.
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-#: Elements of one fp32 chunk: 64 MiB on an accelerator; a few times the L2 cache on a CPU.
-CHUNK_ELEMENTS = {"cpu": 2**21}
+#: Elements of one fp32 chunk: 64 MiB on an accelerator; on a CPU what two buffers of fit into the L2 cache.
+CHUNK_ELEMENTS = {"cpu": 2**18}
 CHUNK_ELEMENTS_DEFAULT = 2**24
 #: Tokens whose histogram is counted at a time: [bins, tokens] fp64 stays at 2 MiB.
 COUNT_TOKENS = 4096
@@ -72,29 +72,49 @@ def chunk_tokens(logits_NV: torch.Tensor, chunk_size: int | None) -> int:
     return max(1, CHUNK_ELEMENTS.get(logits_NV.device.type, CHUNK_ELEMENTS_DEFAULT) // logits_NV.shape[-1])
 
 
+def view_of(buffer: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The first elements of a flat `buffer` as a matrix."""
+    return buffer[: shape[0] * shape[1]].view(shape)
+
+
 @torch.no_grad()
-def token_statistics(logits_CV, labels_C, high_frequency_V):
+def token_statistics(logits_CV, labels_C, high_frequency_V, buffers=None):
     """Per-token statistics of one chunk, in fp32.
 
     Args:
         logits_CV: any float dtype. -inf (a padded vocabulary) is allowed: a probability of 0 adds 0 to the entropy.
         labels_C: target ids; must be valid ids (mask first).
         high_frequency_V: fp32 0/1 mask of the high-frequency set, or None.
+        buffers: two flat fp32 tensors of at least C * V elements to work in; None makes them.
 
     Returns:
-        surprisal_C, entropy_C (nats), top1_C (probability), log_partition_C (nats), high_frequency_C (probability).
+        [5, C]: surprisal, entropy (nats), top-1 probability, log-partition (nats), high-frequency probability.
     """
-    logits_CV = logits_CV.float()
+    if buffers is None:
+        buffers = logits_CV.new_empty(2, logits_CV.numel(), dtype=torch.float32)
+    work_CV = view_of(buffers[0], logits_CV.shape).copy_(logits_CV)
+    return statistics_in_place(work_CV, view_of(buffers[1], logits_CV.shape), labels_C.unsqueeze(1), high_frequency_V)[0]
+
+
+def statistics_in_place(logits_CV, exp_CV, labels_C1, high_frequency_V):
+    """As `token_statistics`, without another tensor of that size; no host sync.
+
+    `exp_CV` ends as exp(logits - peak), `logits_CV` as that times (logits - peak). Also returns the sum [C, 1] of `exp_CV` and
+    its logarithm.
+    """
     peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
-    shifted_CV = logits_CV - peak_C1  # entropy of a collapsed model needs the small numbers, not lse - E[x]
-    exp_CV = shifted_CV.exp()
-    total_C = exp_CV.sum(dim=-1)
-    log_total_C = total_C.log()
-    surprisal_C = log_total_C - shifted_CV.gather(1, labels_C.unsqueeze(1)).squeeze(1)
+    shifted_CV = logits_CV.sub_(peak_C1)  # entropy of a collapsed model needs the small numbers, not lse - E[x]
+    label_C1 = shifted_CV.gather(1, labels_C1)
     # Below -104 exp() is 0 in fp32, so the bound changes nothing but 0 * -inf.
-    entropy_C = log_total_C - (exp_CV * shifted_CV.clamp_(min=-200.0)).sum(dim=-1) / total_C
-    high_C = exp_CV @ high_frequency_V / total_C if high_frequency_V is not None else torch.zeros_like(total_C)
-    return surprisal_C, entropy_C, 1.0 / total_C, peak_C1.squeeze(1) + log_total_C, high_C
+    torch.exp(shifted_CV.clamp_(min=-200.0), out=exp_CV)
+    total_C1 = exp_CV.sum(dim=-1, keepdim=True)
+    log_total_C1 = total_C1.log()
+    entropy_C1 = log_total_C1 - shifted_CV.mul_(exp_CV).sum(dim=-1, keepdim=True) / total_C1
+    high_C1 = torch.zeros_like(total_C1)
+    if high_frequency_V is not None:
+        high_C1 = torch.mv(exp_CV, high_frequency_V.to(exp_CV.dtype)).unsqueeze(1) / total_C1
+    values_5C = torch.cat([log_total_C1 - label_C1, entropy_C1, 1.0 / total_C1, peak_C1 + log_total_C1, high_C1], dim=1).t()
+    return values_5C, total_C1, log_total_C1
 
 
 def token_weights(surprisal_C: torch.Tensor, setting: Setting) -> torch.Tensor:
@@ -258,15 +278,19 @@ class StabilityLoss:
         self._watch(loss, denominator, count)
         return loss
 
-    @torch.no_grad()
     def _record_finished(self, tokens) -> None:
-        s, loss = tokens["surprisal"].double(), tokens["weight"].double() / self.setting.mean_weight * tokens["objective"].double()
-        w = token_weights(tokens["surprisal"], self.setting).double()  # in place, where `tokens` has permuted ones
-        rest = [tokens[name].double() for name in ("entropy", "top1_mass", "log_partition", "high_frequency_mass")]
-        rows_KN = torch.stack([torch.ones_like(s), s, s * s, w, w * s, w * s * s, w * w, *rest, loss])
+        weight_N = token_weights(tokens["surprisal"], self.setting)  # in place, where `tokens` has permuted ones
+        loss_N = tokens["weight"].double() / self.setting.mean_weight * tokens["objective"].double()
+        self._add(self.train, tokens.values_KN[:5], weight_N, loss_N, tokens.mask_N)
+
+    @torch.no_grad()
+    def _add(self, accumulator, values_5N, weight_N, loss_N, mask_N) -> None:
+        """Add a micro-batch: `values_5N` as of `token_statistics`, `loss_N` what is optimized."""
+        (s, *rest), w = values_5N.double(), weight_N.double()
+        rows_KN = torch.stack([torch.ones_like(s), s, s * s, w, w * s, w * s * s, w * w, *rest, loss_N.double()])
         for start in range(0, rows_KN.shape[1], COUNT_TOKENS):
             part = slice(start, start + COUNT_TOKENS)
-            self.train.add(rows_KN[:, part], tokens.mask_N[part])
+            accumulator.add(rows_KN[:, part], mask_N[part])
 
     @torch.no_grad()
     def permuted(self, weight_N, mask_N):
@@ -286,24 +310,23 @@ class StabilityLoss:
             return self._record_chunks(accumulator, logits_NV, targets_N, ignore_index, keep)
 
     def _record_chunks(self, accumulator, logits_NV, targets_N, ignore_index, keep):
-        kept = []
-        chunk = chunk_tokens(logits_NV, self.chunk_size)
-        for start in range(0, logits_NV.shape[0], chunk):
-            logits_CV, targets_C = logits_NV[start : start + chunk], targets_N[start : start + chunk]
-            mask_C = targets_C != ignore_index
-            labels_C = torch.where(mask_C, targets_C, 0)
-            s_C, entropy_C, top1_C, lse_C, high_C = token_statistics(logits_CV, labels_C, self.high_frequency_V)
-            weight_C = token_weights(s_C, self.setting) if keep else torch.ones_like(s_C)
-            value_C = s_C
+        mask_N = targets_N != ignore_index
+        labels_N = torch.where(mask_N, targets_N, 0)
+        chunk = min(chunk_tokens(logits_NV, self.chunk_size), max(1, len(targets_N)))
+        # Reused by every chunk: on a CPU fresh pages for each cost as much as the softmax.
+        buffers = logits_NV.new_empty(2, chunk * logits_NV.shape[1], dtype=torch.float32)
+        values_5N = logits_NV.new_empty(5, len(targets_N), dtype=torch.float32)
+        objectives = []
+        for start in range(0, len(targets_N), chunk):
+            rows = slice(start, start + chunk)
+            values_5N[:, rows] = token_statistics(logits_NV[rows], labels_N[rows], self.high_frequency_V, buffers)
             if keep and self.objective is not cross_entropy:
-                value_C = self.objective(logits_CV.float(), labels_C)
-            s, w = s_C.double(), weight_C.double()
-            loss = w / self.setting.mean_weight * value_C if keep else s
-            accumulator.add(torch.stack([torch.ones_like(s), s, s * s, w, w * s, w * s * s, w * w, entropy_C.double(),
-                                         top1_C.double(), lse_C.double(), high_C.double(), loss]), mask_C)  # fmt: skip
-            if keep:
-                kept.append((value_C, weight_C))
-        return tuple(torch.cat(column) for column in zip(*kept, strict=True)) if keep else None
+                objectives.append(self.objective(logits_NV[rows].float(), labels_N[rows]))
+        value_N = torch.cat(objectives) if objectives else values_5N[0]
+        weight_N = token_weights(values_5N[0], self.setting) if keep else torch.ones_like(value_N)
+        loss_N = weight_N.double() / self.setting.mean_weight * value_N if keep else value_N
+        self._add(accumulator, values_5N, weight_N, loss_N, mask_N)
+        return (value_N, weight_N) if keep else None
 
     def _watch(self, loss, denominator, tokens):
         """Tell `on_backward` the incoming gradient of the stock loss, which nobody else knows; changes nothing."""

@@ -137,6 +137,6 @@ class OptimizerHooks:
                 part = mean.narrow(0, offset, grad.numel())
                 dots.append(torch.dot(grad.reshape(-1).float(), part.to(grad.device)).double())
                 offset += grad.numel()
-            products[0] += torch.stack(dots).sum().to(vector.device) / scale
-            products[1] += squared_norm([mean]).to(vector.device)
+            products[0] += torch.stack(dots).sum().to(vector.device, non_blocking=True) / scale
+            products[1] += squared_norm([mean]).to(vector.device, non_blocking=True)
         return products

@@ -137,20 +137,11 @@ class Stability:
         loss.rank = dist.get_rank(group=self.group)
         loss.interleaved = ours and engine.zero_optimization_stage() == 3
         if path == "linear":
-            self._fuse_head(model, loss, engine.module)
+            from ds_stability.fused_head import fuse_head  # imports transformers
+
+            fuse_head(model, loss, engine.module)
         model.loss_function = loss
         return loss
-
-    def _fuse_head(self, model, loss: StabilityLoss, root) -> None:
-        """Let the model's head compute `loss`; a head that is not understood gives logits, which rank 0 says once."""
-        from ds_stability.fused_head import FusedHead, UnknownHead  # imports transformers
-
-        try:
-            loss.head = FusedHead(model, loss, root)
-        except UnknownHead as reason:
-            if loss.rank == 0:
-                print(f"ds_stability: the loss of {type(model).__name__} is computed from its logits (loss_path chunked): {reason}",
-                      file=sys.stderr, flush=True)  # fmt: skip
 
     def _load_high_frequency(self, model) -> None:
         path = self.config.statistics.high_frequency_file
@@ -196,7 +187,7 @@ class Stability:
         scale = self.gradients.loss_scale
         for tensors in self.gradients.tensors():
             if tensors:
-                values[0] += squared_norm(tensors).to(self.device) / (scale**2 * self.gradients.replicas)
+                values[0] += squared_norm(tensors).to(self.device, non_blocking=True) / (scale**2 * self.gradients.replicas)
         values[1:3] = self.hooks.mean_products(values)
         if self.noise is not None:
             self.noise.close()
@@ -325,17 +316,7 @@ class Stability:
         """
         if state["version"] != STATE_VERSION:
             raise StabilityConfigError(f"stability state has version {state['version']}; this release reads {STATE_VERSION}")
-        old, new = _training_part(state["config"]), _training_part(self.config.to_dict())
-        if old["loss_path"] != new["loss_path"]:
-            raise StabilityConfigError(
-                f"the checkpoint was written with stability.loss_path {old['loss_path']!r} and this run has {new['loss_path']!r}: they "
-                f'round differently; set stability.loss_path to "{old["loss_path"]}" to resume'
-            )
-        if old != new:
-            raise StabilityConfigError(
-                f"the checkpoint was written with another stability block ({_difference(old, new)})"
-                "; resume with the same block (a level that changes over time is a schedule: [[step, level], ...])"
-            )
+        require_same_block(_training_part(state["config"]), _training_part(self.config.to_dict()))
         for name in ("applied_steps", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state[name])
         for name, part in self.stabilizers.items():
@@ -372,6 +353,20 @@ def has_pretrained_weights(model) -> bool:
 def _training_part(block: dict) -> dict:
     """The block without what only looks on: a run may be resumed with another probe."""
     return {key: value for key, value in block.items() if key not in ("probe", "max_skipped_steps")}
+
+
+def require_same_block(old: dict, new: dict) -> None:
+    """Raises StabilityConfigError where a checkpoint's block `old` is not the run's block `new`."""
+    if old["loss_path"] != new["loss_path"]:
+        raise StabilityConfigError(
+            f"the checkpoint was written with stability.loss_path {old['loss_path']!r} and this run has {new['loss_path']!r}, which "
+            f'rounds differently; set stability.loss_path to "{old["loss_path"]}" to resume'
+        )
+    if old != new:
+        raise StabilityConfigError(
+            f"the checkpoint was written with another stability block ({_difference(old, new)})"
+            "; resume with the same block (a level that changes over time is a schedule: [[step, level], ...])"
+        )
 
 
 def _difference(old: dict, new: dict, path: str = "stability") -> str:

@@ -236,7 +236,7 @@ def test_lora_learns_under_feedback_and_leaves_the_frozen_weights(runs, name):
         ("smoothing", "--label_smoothing_factor 0.1 takes the loss away from the model"),
         ("liger", "--use_liger_kernel True takes the loss away from the model"),
         ("function", "pass through the model's loss function"),
-        ("preference", "pass through the model's loss function"),
+        ("preference", "a training forward has no logits"),
         ("no_labels", "pass through the model's loss function"),
         ("ranks_differ", "stability block differs between ranks"),
         ("wrong_key", 'did you mean "level"'),
@@ -247,7 +247,8 @@ def test_refused_with_one_line_on_every_rank(runs, name, words):
     out, results, _ = runs
     assert name not in results
     for text in errors(out, name):
-        assert text.startswith("StabilityConfigError: ") and words in text and "\n" not in text
+        kind = "NoLogitsError" if name == "preference" else "StabilityConfigError"
+        assert text.startswith(f"{kind}: ") and words in text and "\n" not in text
 
 
 def test_a_loss_of_its_own_trains_as_ever_at_level_zero(runs):

@@ -32,6 +32,7 @@ DEFAULTS = {
     "num_items": False,  # pass num_items_in_batch, and scale the loss by world size, as Trainer does
     "other_block": None,  # a different stability block for rank 1
     "zipf_seed": 1000,
+    "syncs": False,  # count host synchronizations of each step, see host_syncs.py
     "via_args": False,  # give the config as args.deepspeed_config, as deepspeed.add_config_arguments does
 }
 

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_stability import fused_head
+from ds_stability.config import StabilityConfig
 from ds_stability.controller import Setting
-from ds_stability.fused_head import FusedHead, NoLogits, RoutedLinear, UnknownHead, find_transform
+from ds_stability.fused_head import FusedHead, NoLogits, RoutedLinear, UnknownHead, find_transform, fuse_head
 from ds_stability.linear_loss import LogitTransform
 from ds_stability.loss import StabilityLoss
+from ds_stability.stability import require_same_block
 from ds_stability.statistics import TOKEN_FIELDS
 
 SETTING = Setting(gain=1.3, mu=3.0, sigma=0.9, mean_weight=1.7)
@@ -205,6 +207,31 @@ def test_a_head_that_is_not_understood_is_left_alone(change, reason):
     with pytest.raises(UnknownHead, match=reason):
         install(model, True)
     assert type(model.lm_head) is torch.nn.Linear and not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_falling_back_is_said_once_by_one_rank(capsys):
+    for rank in (0, 1):
+        model = _with_forward(lambda m, z, y: (z + 1.0, y))
+        loss = install(model, False)
+        loss.rank = rank
+        fuse_head(model, loss, model)
+        assert loss.head is None
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "is computed from its logits (loss_path chunked): it changes its logits" in said
+    ids, labels = make_ids()
+    assert model(input_ids=ids, labels=labels)[1].shape == (2, 9, 131)  # and training goes on
+    fuse_head(known := make_model("llama"), fused := install(known, False))
+    assert fused.head is not None and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("old", "new"), [("chunked", None), ("linear", "chunked"), ("linear", "stock")])
+def test_a_run_is_resumed_under_its_own_loss_path_only(old, new):
+    level = 0.0 if new == "stock" else 0.5
+    blocks = [StabilityConfig.parse({"level": level, "loss_path": path}).resolve(pretrained=False).to_dict() for path in (old, new)]
+    with pytest.raises(ValueError, match=f'set stability.loss_path to "{old}" to resume') as caught:
+        require_same_block(*blocks)
+    assert "\n" not in str(caught.value)
+    require_same_block(blocks[0], dict(blocks[0]))
 
 
 def test_heads_that_are_no_plain_linear_are_left_alone():

@@ -1,6 +1,8 @@
 """Oracles: the law on full fp64 logits with plain autograd, finite differences."""
 
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -88,20 +90,22 @@ def check(spec, seed=0, tolerance=None, upstream=1.0, **kinds):
 @given(
     st.integers(0, 10**6), st.sampled_from(CHUNKS), st.floats(-2.0, 4.0), st.floats(0.5, 5.0), st.floats(0.3, 3.0),
     st.floats(0.1, 1.0), st.booleans(), st.booleans(), st.sampled_from(sorted(OBJECTIVES)), st.sampled_from(sorted(TRANSFORMS)),
-    st.sampled_from([0.0, 0.2, -0.7]),
+    st.sampled_from([0.0, 0.2, -0.7]), st.sampled_from([1, 3 * VOCAB, 2**18]),
 )  # fmt: skip
 def test_loss_gradients_and_statistics_are_the_law(
-    seed, chunk, gain, mu, sigma, supervised, bias, high, objective, transform, entropy
+    seed, chunk, gain, mu, sigma, supervised, bias, high, objective, transform, entropy, work
 ):
     spec = LossSpec(Setting(gain, mu, sigma, 0.5 + supervised), OBJECTIVES[objective], entropy, TRANSFORMS[transform],
                     (torch.arange(VOCAB) % 3 == 0).float() if high else None, chunk)  # fmt: skip
-    check(spec, seed, bias=bias, supervised=supervised)
+    with mock.patch.object(module, "WORK_ELEMENTS", {"cpu": work}):  # parts of one row, of three, of a whole chunk
+        check(spec, seed, bias=bias, supervised=supervised)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("chunk", [5, None])
-def test_half_precision_to_its_rounding(dtype, transform, chunk):
+@pytest.mark.parametrize(("chunk", "work"), [(5, 2**18), (None, 3 * VOCAB), (None, 2**18)])
+def test_half_precision_to_its_rounding(monkeypatch, dtype, transform, chunk, work):
+    monkeypatch.setattr(module, "WORK_ELEMENTS", {"cpu": work})
     spec = LossSpec(SETTING, transform=TRANSFORMS[transform], chunk_size=chunk, entropy_coefficient=0.1)
     check(spec, 2, dtype=dtype, upstream=64.0)
 
@@ -275,3 +279,15 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made():
             loss, _, _ = linear_loss(hidden, weight, bias, targets, LossSpec(SETTING, objective, chunk_size=16))
             torch.autograd.grad(loss, (hidden, weight, bias))
         assert mode.seen <= max(500 * HIDDEN, 500 * len(module.FIELDS)) < 500 * VOCAB
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "vocab", "gib", "wanted"),
+    [(torch.bfloat16, 8192, 151_936, 80, 512), (torch.float32, 2048, 151_936, 16, 205), (torch.bfloat16, 100, 2048, 80, 100),
+     (torch.bfloat16, 4096, 256_000, 1, 64)],
+)  # fmt: skip
+def test_chunks_on_cuda_are_chosen_from_its_memory(monkeypatch, dtype, tokens, vocab, gib, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30))
+    hidden = SimpleNamespace(shape=(tokens, 4), device=SimpleNamespace(type="cuda"), dtype=dtype)
+    assert module.chunk_tokens(hidden, vocab, None) == wanted
+    assert module.chunk_tokens(hidden, vocab, 7) == 7
