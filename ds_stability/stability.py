@@ -25,6 +25,7 @@ from ds_stability.measures import StabilityMeasures
 from ds_stability.noise import MicroGradientMeter
 from ds_stability.objectives.build import Preparation, token_objective
 from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
+from ds_stability.same_block import require_same_block, training_part
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.clipping import Clipping
 from ds_stability.stabilizers.feedback import Feedback, read_gains
@@ -379,7 +380,7 @@ class Stability:
         """
         if state["version"] != STATE_VERSION:
             raise StabilityConfigError(f"stability state has version {state['version']}; this release reads {STATE_VERSION}")
-        require_same_block(_training_part(state["config"]), _training_part(self.config.to_dict()))
+        require_same_block(training_part(state["config"]), training_part(self.config.to_dict()))
         for name in ("applied_steps", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state[name])
         for name, part in self.stabilizers.items():
@@ -389,33 +390,3 @@ class Stability:
         if dist.get_rank(group=self.group) == 0:  # the sums are global already: one rank brings them in again
             self.meter.sums += torch.tensor(state["update_meter"], dtype=torch.float64, device=self.device)
         self._prepare()
-
-
-def _training_part(block: dict) -> dict:
-    """The block without what only looks on: a run may be resumed with another probe."""
-    return {key: value for key, value in block.items() if key not in ("probe", "alarm", "max_skipped_steps")}
-
-
-def require_same_block(old: dict, new: dict) -> None:
-    """Raises StabilityConfigError where a checkpoint's block `old` is not the run's block `new`."""
-    if old["loss_path"] != new["loss_path"]:
-        raise StabilityConfigError(
-            f"the checkpoint was written with stability.loss_path {old['loss_path']!r} and this run has {new['loss_path']!r}, which "
-            f'rounds differently; set stability.loss_path to "{old["loss_path"]}" to resume'
-        )
-    if old != new:
-        raise StabilityConfigError(
-            f"the checkpoint was written with another stability block ({_difference(old, new)})"
-            "; resume with the same block (a level that changes over time is a schedule: [[step, level], ...])"
-        )
-
-
-def _difference(old: dict, new: dict, path: str = "stability") -> str:
-    """The first key in which two blocks differ, as text."""
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and a != b:
-            return _difference(a, b, f"{path}.{key}")
-        if a != b:
-            return f"{path}.{key}: {a!r} there, {b!r} here"
-    return "no difference"

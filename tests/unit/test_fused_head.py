@@ -15,7 +15,7 @@ from ds_stability.fused_head import FusedHead, NoLogits, RoutedLinear, UnknownHe
 from ds_stability.linear_loss import LogitTransform
 from ds_stability.loss import StabilityLoss
 from ds_stability.noise import MicroGradientMeter
-from ds_stability.stability import require_same_block
+from ds_stability.same_block import require_same_block
 from ds_stability.statistics import TOKEN_FIELDS
 
 SETTING = Setting(gain=1.3, mu=3.0, sigma=0.9, mean_weight=1.7)

@@ -21,7 +21,7 @@ from ds_stability.objectives.unlikelihood import (
     sequence_level,
     token_level,
 )
-from ds_stability.stability import _difference, _training_part
+from ds_stability.same_block import difference, training_part
 from ds_stability.stabilizers.regularization import Regularization
 
 VOCAB, PADDED = 7, 2  # ids that are words, and ids behind them with logits of -inf
@@ -351,10 +351,10 @@ def test_weights_multiply_the_objective_and_come_from_surprisal():
 
 def test_a_run_is_resumed_with_its_objective_only():
     blocks = [StabilityConfig.parse({"objective": {"name": "focal", "gamma": gamma}}).to_dict() for gamma in (1.0, 2.0)]
-    assert _training_part(blocks[0]) != _training_part(blocks[1])
-    assert _difference(*map(_training_part, blocks)) == "stability.objective.gamma: 1.0 there, 2.0 here"
+    assert training_part(blocks[0]) != training_part(blocks[1])
+    assert difference(*map(training_part, blocks)) == "stability.objective.gamma: 1.0 there, 2.0 here"
     watched = {**blocks[0], "alarm": {**blocks[0]["alarm"], "action": "warn"}}  # that only looks on
-    assert _training_part(watched) == _training_part(blocks[0])
+    assert training_part(watched) == training_part(blocks[0])
 
 
 def test_an_objective_made_for_other_tokens_is_an_error():
