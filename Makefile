@@ -1,6 +1,7 @@
 # make demo: train a tiny model at five levels and draw the dose-response; make test: all tests but slow and gpu ones.
 # make reproduce-quick, make reproduce: the headline sweep, its evaluation and its report. TEXT=a.txt,b.txt trains on those
 # files instead of the built-in prose; a broken run is taken up where it stopped.
+# make bench: step time and memory relative to plain DeepSpeed, 25 minutes on two idle cores (docs/performance.md).
 # make faults: 30 seeded kills of a rank, each run started again and compared (docs/reliability.md).
 # PYTHON=... chooses the interpreter (an installed torch is used as it is); TORCH=... what to install where there is none.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ RUN = $(VENV)/bin/python
 TEXT ?=
 ON_TEXT = $(if $(TEXT),--set dataset_name=null --set train_file=$(TEXT) --set unwrap=true)
 
-.PHONY: demo test test-slow reproduce reproduce-quick faults soak docs clean
+.PHONY: demo test test-slow reproduce reproduce-quick faults soak bench docs clean
 
 demo: $(VENV)/.ready
 	$(RUN) benchmarks/demo.py --output runs/demo
@@ -33,12 +34,16 @@ reproduce: $(VENV)/.ready
 soak: $(VENV)/.ready
 	$(RUN) benchmarks/soak.py --output runs/soak
 
+bench: $(VENV)/.ready
+	$(RUN) benchmarks/performance.py --output runs/performance
+
 faults: $(VENV)/.ready
 	$(RUN) tests/faults/driver.py --trials 30 --output runs/faults
 
 docs: $(VENV)/.ready
 	$(RUN) docs/generate.py
 	$(RUN) benchmarks/render.py
+	$(RUN) benchmarks/performance.py --render
 	$(RUN) tests/faults/driver.py --render docs/reliability.md
 
 $(VENV)/.ready: setup.py constraints.txt scripts/setup_env.sh

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN_SCRIPT = REPOSITORY / "launchers" / "train.py"
 SETTLED_FROM = 30  # steps after warm-up from which the ratio counts as settled
 MOVING_WINDOW = 30  # steps
+BOOTSTRAP = 2000  # resamples of an interval
 VERSIONS = ("python", "torch", "deepspeed", "transformers", "accelerate")  # that a page names
 
 
@@ -57,6 +58,12 @@ def mean_over_time(values: Sequence[float]) -> Estimate | None:
     series = np.asarray(values, dtype=np.float64)
     error = math.sqrt(autocorrelation_time(series) * series.var(ddof=1) / len(series))
     return Estimate(float(series.mean()), error, len(series))
+
+
+def bootstrap_median(values: Sequence[float]) -> list[float]:
+    """95 % percentile bootstrap interval of the median."""
+    draws = np.random.default_rng(0).choice(np.asarray(values), size=(BOOTSTRAP, len(values)))
+    return [float(bound) for bound in np.percentile(np.median(draws, axis=1), [2.5, 97.5])]
 
 
 def series_of(rows: Sequence[Mapping[str, Any]], key: str, first: int, last: int | None = None) -> list[float]:

@@ -82,7 +82,7 @@ def demo_cell(level: float, arguments: argparse.Namespace, ds_config: Path, outp
         "dataset_name": "builtin:prose", "deepspeed": str(ds_config), "block_size": BLOCK_SIZE,
         "per_device_train_batch_size": PER_DEVICE, "max_steps": arguments.steps, "learning_rate": arguments.learning_rate,
         "lr_scheduler_type": "constant_with_warmup", "warmup_steps": min(10, arguments.steps // 4), "seed": arguments.seed,
-        "stability_level": f"{level:g}", "stability_loss_path": "chunked", "high_frequency_file": frequent,
+        "stability_level": f"{level:g}", "stability_loss_path": "linear", "high_frequency_file": frequent,
         "save_strategy": "no", "disable_tqdm": "true", "logging_steps": 50,
     }  # fmt: skip
     return training.Cell(f"level-{level:g}", flags, arguments.steps)

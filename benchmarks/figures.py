@@ -74,28 +74,6 @@ def _dose_panel(axis, panel: Panel, rows: Sequence[Mapping[str, Any]], baseline:
     return lines
 
 
-def overhead(groups: Mapping[str, Mapping[str, Sequence[float]]], path: Path, title: str) -> None:
-    """Write a PNG: a panel per model with the step-time ratio to plain DeepSpeed of each round, and their median.
-
-    Args:
-        groups: model name -> arm name -> one ratio per round.
-    """
-    import statistics
-
-    figure, axes = _grid(len(groups), columns=max(1, len(groups)), size=(3.4, 2.4))
-    for axis, (model, arms) in zip(axes, groups.items(), strict=False):
-        for position, ((_, ratios), color) in enumerate(zip(arms.items(), (BLUE, ORANGE, GREEN), strict=False)):
-            spread = [position + 0.16 * (i / max(1, len(ratios) - 1) - 0.5) for i in range(len(ratios))]
-            axis.plot(spread, ratios, "o", color=color, markersize=4, alpha=0.7, markeredgewidth=0)
-            axis.plot([position - 0.2, position + 0.2], [statistics.median(ratios)] * 2, color=color, linewidth=2.5)
-        axis.axhline(1.0, color=GRAY, linewidth=1, linestyle=":")
-        axis.set_xticks(range(len(arms)), list(arms))
-        axis.set_xlim(-0.5, len(arms) - 0.5)
-        axis.set_title(model, fontsize=9, loc="left")
-        axis.set_ylabel("step time / plain DeepSpeed", fontsize=8)
-    _finish(figure, path, title)
-
-
 def _grid(count: int, columns: int = COLUMNS, size: tuple[float, float] = PANEL_INCHES):
     """(figure, flat list of axes) without frames at the top and right; spare axes are removed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

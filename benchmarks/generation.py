@@ -1,11 +1,11 @@
-"""Throughput of the harness' static generation as a ratio to plain batched `model.generate`.
+"""Throughput of the harness' static generation as a ratio to plain batched `model.generate` and to continuous batching.
 
     python benchmarks/generation.py [--output runs/generation] [--model models/SmolLM2-135M-Instruct] [--dtype float32]
 
-Both continue the same prompts of several lengths, padded on the left, greedily, for the same number of tokens (no text may
-end early), in one process, in turns; each round gives one ratio. The harness also takes entropies and log-probabilities in
-fp64 on the way. Its sampling is measured beside it. Without --model: a tiny random LLaMA with 2,048 words of vocabulary.
-Writes OUTPUT/generation.json.
+All continue the same prompts of several lengths, as one batch, for the same number of tokens (no text may end early), in one
+process, in turns; each round gives one ratio, to plain generate greedily and to plain generate under the same decoding. The
+harness also takes entropies and log-probabilities in fp64 on the way. Without --model: a tiny random LLaMA with 2,048 words of
+vocabulary. Writes OUTPUT/generation.json.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from typing import Any
 
 import common
 import numpy as np
-import overhead
 import torch
 import training
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
+from ds_stability.eval.backends import cache_size, state_kept
 from ds_stability.eval.decoding import DEFAULT_DECODINGS, sample_key
 from ds_stability.eval.generation import Generator, pad_left
 from ds_stability.eval.loading import DTYPES, load
 from ds_stability.run_dir import write_json_atomic
 
-PLAIN, GREEDY = "model.generate, greedy", "ours, greedy"
-SAMPLED = {f"ours, {name}": name for name in ("sample", "top_p_95", "top_k_40")}
+PLAIN, GREEDY, CONTINUOUS = "model.generate, greedy", "ours, greedy", "model.generate_batch, greedy"
+SAMPLED = ("sample", "top_p_95", "top_k_40")
 FIRST_WORD = 3  # ids before it are BOS, EOS and padding in the tiny model
 
 
@@ -89,20 +89,30 @@ def make_arms(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str
     """Each makes the texts of one batch, without an end token."""
     generator = Generator(model, (), 0)
     ids_BT, mask_BT = pad_left(prompts, 0, model.device)
-    config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
     model.generation_config = GenerationConfig()  # no end token from there
 
-    def plain() -> list[list[int]]:
+    def plain(name: str) -> list[list[int]]:
+        decoding = DEFAULT_DECODINGS[name]
+        warping = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k} if decoding.sampled else {}
+        config = GenerationConfig(do_sample=decoding.sampled, max_new_tokens=new_tokens, pad_token_id=0, **warping)
         output_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config)
         return output_BT[:, ids_BT.shape[1] :].tolist()
+
+    def continuous() -> list[list[int]]:
+        config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0)
+        with state_kept(model):
+            outputs = model.generate_batch(prompts, config, ContinuousBatchingConfig(**cache_size(prompts, new_tokens)))
+        return [output.generated_tokens for output in outputs.values()]
 
     def ours(name: str) -> list[list[int]]:
         keys = [sample_key(0, name, prompt, 0) for prompt in range(len(prompts))]
         texts = generator.generate_keyed(prompts, DEFAULT_DECODINGS[name], keys, new_tokens)
         return [text.token_ids for text in texts]
 
-    sampled = {arm: (lambda name=name: ours(name)) for arm, name in SAMPLED.items()}
-    return {PLAIN: plain, GREEDY: lambda: ours("greedy")} | sampled
+    arms = {PLAIN: lambda: plain("greedy"), CONTINUOUS: continuous, GREEDY: lambda: ours("greedy")}
+    for name in SAMPLED:
+        arms |= {f"model.generate, {name}": lambda name=name: plain(name), f"ours, {name}": lambda name=name: ours(name)}
+    return arms
 
 
 def measure(arms: dict[str, Callable[[], list[list[int]]]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
@@ -121,18 +131,19 @@ def measure(arms: dict[str, Callable[[], list[list[int]]]], rounds: int) -> tupl
 
 
 def summarize(seconds: dict[str, list[float]], tokens: int) -> dict[str, dict[str, Any]]:
-    """Per arm: median tokens per second, its throughput as a ratio to plain generate in each round, their median with a 95 %
-    bootstrap interval over rounds."""
+    """Per arm: median tokens per second; its throughput as a ratio to plain greedy generate in each round, their median with a
+    95 % bootstrap interval over rounds; and the same to plain generate under the arm's own decoding."""
     arms = {}
     for name, values in seconds.items():
-        ratios = [plain / mine for plain, mine in zip(seconds[PLAIN], values, strict=True)]
-        arms[name] = {
-            "tokens_per_second": tokens / statistics.median(values),
-            "ratios": ratios,
-            "ratio": statistics.median(ratios),
-            "ratio_interval": overhead.bootstrap_median(ratios),
-        }
+        same = f"model.generate, {name.split(', ')[1]}"
+        arms[name] = {"tokens_per_second": tokens / statistics.median(values), **_ratio("ratio", seconds[PLAIN], values),
+                      **_ratio("same_decoding", seconds[same], values)}  # fmt: skip
     return arms
+
+
+def _ratio(name: str, plain: list[float], mine: list[float]) -> dict[str, Any]:
+    ratios = [one / other for one, other in zip(plain, mine, strict=True)]
+    return {f"{name}s": ratios, name: statistics.median(ratios), f"{name}_interval": common.bootstrap_median(ratios)}
 
 
 def title(result: dict[str, Any]) -> str:
@@ -145,10 +156,12 @@ def title(result: dict[str, Any]) -> str:
 def generation_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(header, rows), one row per arm."""
     rows = []
+    columns = {"ratio": "ratio to generate, greedy [95 %]", "same_decoding": "ratio to generate, same decoding [95 %]"}
+    columns = {key: title for key, title in columns.items() if key in result["arms"][PLAIN]}  # older results have the first alone
     for name, arm in result["arms"].items():
-        low, high = arm["ratio_interval"]
-        rows.append([name, common.number(arm["tokens_per_second"], 0), f"{arm['ratio']:.3f} [{low:.3f}, {high:.3f}]"])
-    return ["generation", "tokens per second", "ratio to plain generate [95 %]"], rows
+        cells = [f"{arm[key]:.3f} [{arm[f'{key}_interval'][0]:.3f}, {arm[f'{key}_interval'][1]:.3f}]" for key in columns]
+        rows.append([name, common.number(arm["tokens_per_second"], 0), *cells])
+    return ["generation", "tokens per second", *columns.values()], rows
 
 
 if __name__ == "__main__":

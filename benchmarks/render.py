@@ -1,6 +1,6 @@
-"""Render docs/results.md and its figures from docs/results/*.json; no figure is typed by hand.
+"""Render docs/results.md, docs/governor.md and their figures from docs/results/*.json; no figure is typed by hand.
 
-    python benchmarks/render.py [--results docs/results] [--page docs/results.md] [--check]
+    python benchmarks/render.py [--results docs/results] [--page docs/results.md docs/governor.md] [--check]
 
 The results files are those that the other scripts here write (`cp runs/demo/demo.json docs/results/`). In the
 page, what stands between `<!-- generated: NAME -->` and `<!-- end -->` is made from NAME.json; the rest is written by hand.
@@ -17,14 +17,18 @@ import common
 import demo
 import figures
 import generation
+import governor
 import headline
+import load_once
 import metric_speed
-import overhead
+import million
 import smollm2
+import sweep_cost
 
 from ds_stability.run_dir import write_atomic
 
 DOCS = common.REPOSITORY / "docs"
+PAGES = ("results.md", "governor.md")
 SAMPLE_CHARACTERS = 400
 _MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -32,20 +36,23 @@ _MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTAL
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=str(DOCS / "results"), help="folder of the results files")
-    parser.add_argument("--page", default=str(DOCS / "results.md"), help="page with the marks; figures go beside it")
+    parser.add_argument("--page", nargs="+", default=[str(DOCS / name) for name in PAGES],
+                        help="pages with the marks; figures go beside the first")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the page is out of date")
     arguments = parser.parse_args()
-    page = Path(arguments.page)
-    before = page.read_text(encoding="utf-8")
-    after = filled(before, Path(arguments.results))
-    if arguments.check:
-        if after != before:
+    pages, stale = [Path(page) for page in arguments.page], 0
+    for page in pages:
+        before = page.read_text(encoding="utf-8")
+        after = filled(before, Path(arguments.results))
+        if not arguments.check:
+            write_atomic(page, after)
+        elif after != before:
             print(f"error: {page.name} is out of date; run python benchmarks/render.py", file=sys.stderr)
-        return int(after != before)
-    write_atomic(page, after)
-    for path in draw(Path(arguments.results), page.parent / "figures"):
-        print(path)
-    return 0
+            stale = 1
+    if not arguments.check:
+        for path in draw(Path(arguments.results), pages[0].parent / "figures"):
+            print(path)
+    return stale
 
 
 def filled(text: str, results: Path) -> str:
@@ -113,12 +120,6 @@ def samples(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def overhead_section(result: dict[str, Any]) -> str:
-    parts = [f"{overhead.group_title(group)}:\n\n{common.markdown_table(*overhead.overhead_table(group))}"
-             for group in result["groups"]]  # fmt: skip
-    return "\n\n".join([*parts, "![Step time relative to plain DeepSpeed](figures/overhead.png)"])
-
-
 def headline_section(result: dict[str, Any]) -> str:
     times = result["times"]
     took = (f"Training took {times['seconds'] / 60:.0f} minutes ({times['attempts']} runs, median {times['median']:.0f} s, {times['shortest']:.0f} to "
@@ -153,10 +154,26 @@ def generation_section(result: dict[str, Any]) -> str:
     return f"{generation.title(result)}:\n\n{common.markdown_table(*generation.generation_table(result))}"
 
 
+def million_section(result: dict[str, Any]) -> str:
+    return common.markdown_table(*million.million_table(result))
+
+
+def load_once_section(result: dict[str, Any]) -> str:
+    return f"{result['model']}:\n\n{common.markdown_table(*load_once.load_table(result))}"
+
+
+def sweep_cost_section(result: dict[str, Any]) -> str:
+    return common.markdown_table(*sweep_cost.sweep_table(result))
+
+
 def metric_speed_section(result: dict[str, Any]) -> str:
     whole, settings = result["all"], result["settings"]
     return (f"All {whole['metrics']} metrics of samples with their intervals, {settings['texts']} texts of {settings['tokens']} tokens: "
             f"{whole['processor_seconds']:.1f} s of one core.\n\n{common.markdown_table(*metric_speed.speed_table(result))}")  # fmt: skip
+
+
+def governor_section(result: dict[str, Any]) -> str:
+    return f"{common.markdown_table(*governor.governor_table(result['rows']))}\n\n" + governor.verdict(result["rows"]).replace("\n", "  \n")
 
 
 def faults_section(result: dict[str, Any]) -> str:
@@ -172,11 +189,13 @@ def faults_section(result: dict[str, Any]) -> str:
     return "\n\n".join([common.markdown_table(header, rows), *failed])
 
 
-SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "overhead": overhead_section, "headline": headline_section,
+SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "headline": headline_section,
             "arms": arms_section, "pretrained": pretrained_section, "generation": generation_section,
-            "metric_speed": metric_speed_section, "faults": faults_section}  # fmt: skip
+            "million": million_section, "load_once": load_once_section, "sweep_cost": sweep_cost_section,
+            "metric_speed": metric_speed_section, "faults": faults_section, "governor": governor_section}  # fmt: skip
 SAME_FILE = {"arms": "headline"}  # sections that show another part of a results file
-DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults")
+DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults", "million", "load_once", "sweep_cost",
+                   "governor")  # fmt: skip
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
@@ -187,14 +206,9 @@ def draw(results: Path, folder: Path) -> list[Path]:
         if result is None:
             continue
         path = folder / f"{name}.png"
-        if name == "overhead":
-            ratios = {group["name"]: {arm: values["time_ratios"] for arm, values in group["arms"].items()
-                                      if arm != overhead.BASELINE} for group in result["groups"]}  # fmt: skip
-            figures.overhead(ratios, path, "Step time of each round relative to plain DeepSpeed, and the median")
-        else:
-            rows = [row for row in result["rows"] if row["level"] is not None]
-            untouched = next((row for row in result["rows"] if row["level"] is None), None)
-            figures.dose_response(rows, path, TITLES[name], baseline=untouched)
+        rows = [row for row in result["rows"] if row["level"] is not None]
+        untouched = next((row for row in result["rows"] if row["level"] is None), None)
+        figures.dose_response(rows, path, TITLES[name], baseline=untouched)
         written.append(path)
     return written
 

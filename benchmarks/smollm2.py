@@ -98,7 +98,7 @@ def smollm2_cell(level: float, arguments: argparse.Namespace, ds_config: Path, o
         "per_device_train_batch_size": arguments.per_device_train_batch_size, "per_device_eval_batch_size": 4,
         "max_steps": arguments.steps, "learning_rate": arguments.learning_rate,
         "lr_scheduler_type": "constant_with_warmup", "warmup_steps": min(WARMUP, arguments.steps // 4),
-        "seed": arguments.seed, "stability_level": f"{level:g}", "stability_loss_path": "chunked",
+        "seed": arguments.seed, "stability_level": f"{level:g}", "stability_loss_path": "linear",
         "high_frequency_file": frequent, "save_strategy": "no", "disable_tqdm": "true", "logging_steps": 10,
     }  # fmt: skip
     return training.Cell(f"level-{level:g}", flags, arguments.steps)

@@ -14,7 +14,7 @@ from typing import Any
 
 from common import REPOSITORY, TRAIN_SCRIPT
 
-from ds_stability.launchers.sweep_hosts import default_processes, environment, free_port, remove_shared_memory
+from ds_stability.launchers.sweep_hosts import default_processes, environment, free_port, on_gpu, remove_shared_memory
 from ds_stability.run_dir import RunDir, write_json_atomic
 
 POLL_SECONDS = 0.5
@@ -22,7 +22,7 @@ TEARDOWN_SECONDS = 60  # DeepSpeed on CPU now and then hangs or aborts after all
 QUIET_SECONDS = 15  # between progress lines where there is no terminal
 
 
-__all__ = ["default_processes"]  # of this machine, for the scripts here
+__all__ = ["default_processes", "on_gpu"]  # of this machine, for the scripts here
 
 
 class FailedRun(RuntimeError):

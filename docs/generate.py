@@ -60,7 +60,7 @@ def _level_row(level: float) -> list[str]:
     coefficients = []
     for kind, maximum in _kinds().items():
         penalty = Regularization(lambda step: level, kind, maximum)
-        penalty.prepare(0, SimpleNamespace(objective=None))
+        penalty.prepare(0, SimpleNamespace(base_objective=None, objective=None))
         coefficients.append(f"{penalty.coefficient:.6g}")
     deviations = f"{threshold_deviations(level):.4g}".replace("inf", "no threshold")
     return [f"{level:g}", f"{target:.2f}", _exponential_gain(target), deviations, f"{averaging.beta:.4g}", *coefficients]

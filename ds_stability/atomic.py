@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
 
     A reader sees the old file or the new one, never a part; text is UTF-8. The parent directory is made if absent.
     """
+    write_atomic_parts(path, [content.encode("utf-8") if isinstance(content, str) else content])
+
+
+def write_atomic_parts(path: str | os.PathLike, parts: Iterable[bytes]) -> None:
+    """`write_atomic` of content that comes in parts, and need not fit into memory."""
     path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

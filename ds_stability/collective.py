@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm as dist
 
 from ds_stability.errors import StabilityConfigError
-from ds_stability.statistics import VECTOR_SIZE, StepSums
+from ds_stability.statistics import STEP_FIELDS, TOKEN_FIELDS, VECTOR_SIZE, StepSums
 
 
 def reduce_step(vector: torch.Tensor, group) -> StepSums:
@@ -21,6 +21,13 @@ def reduce_step(vector: torch.Tensor, group) -> StepSums:
         raise ValueError(f"expected fp64 [{VECTOR_SIZE}], got {vector.dtype} {tuple(vector.shape)}")
     dist.all_reduce(vector, op=dist.ReduceOp.SUM, group=group)
     return StepSums(vector.cpu().numpy())
+
+
+def reduce_tokens(vector: torch.Tensor, group) -> StepSums:
+    """Global sums of an accumulator's vector, outside the optimizer step; fp64 [TOKEN_FIELDS and the histogram]."""
+    count = len(TOKEN_FIELDS)
+    padding = torch.zeros(len(STEP_FIELDS), dtype=torch.float64, device=vector.device)
+    return reduce_step(torch.cat([vector[:count], padding, vector[count:]]), group)
 
 
 def require_equal(value: dict, device: torch.device, group, what: str) -> None:

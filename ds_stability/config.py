@@ -10,13 +10,24 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
 from typing_extensions import TypedDict
 
-from ds_stability.config_describe import KeyInfo, describe_model, translate
+from ds_stability.alarm_config import AlarmConfig
+from ds_stability.config_controller import (
+    LEVEL_KEYS,
+    WARMUP_PRETRAINED,
+    WARMUP_SCRATCH,
+    WARMUP_SCRATCH_GOVERNOR,
+    ControllerConfig,
+    Steps,
+    parse_target,
+)
+from ds_stability.config_describe import STRICT, KeyInfo, Section, describe_model, translate
 from ds_stability.config_errors import InvalidValue, did_you_mean, one_line, show_value
 from ds_stability.deepspeed_config import find_auto, load_ds_config, unsupported_features, zero_stage
 from ds_stability.errors import StabilityConfigError
+from ds_stability.objectives.config import PREPARED, CrossEntropy, Objectives
 from ds_stability.schedule import (
     LEVEL_ALLOWED,
     MAX_STEP,
@@ -32,7 +43,6 @@ __all__ = ["KeyInfo", "Schedule", "StabilityConfig", "describe", "find_auto", "f
            "load_ds_config", "max_level", "parse_level_flag", "split_config", "unsupported"]  # fmt: skip
 
 BLOCK = "stability"
-WARMUP_PRETRAINED, WARMUP_SCRATCH = 10, 100
 REGULARIZATION_MAX = {"z_loss": 1e-2, "label_smoothing": 0.3, "init_decay": 0.1}
 
 
@@ -42,10 +52,9 @@ def _path(value: str) -> str:
     return value
 
 
-_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 _Level = Annotated[Any, PlainValidator(parse_schedule)]
 _OptionalLevel = Annotated[Any, PlainValidator(lambda value: None if value is None else parse_schedule(value))]
-_Steps = Annotated[int, Field(ge=0, le=MAX_STEP)]
+_Steps = Steps
 _Count = Annotated[int, Field(ge=1, le=MAX_STEP)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
 _Path = Annotated[str, Field(min_length=1), AfterValidator(_path)]
@@ -56,11 +65,7 @@ def _family_level(meaning: str) -> Any:
                  json_schema_extra={"allowed": f"{LEVEL_ALLOWED}, or null"})  # fmt: skip
 
 
-class _Section(BaseModel):
-    model_config = _STRICT
-
-
-class FeedbackConfig(_Section):
+class FeedbackConfig(Section):
     level: _OptionalLevel = _family_level("level L of feedback, whose target variance ratio is 1 - L")
     permute: bool = Field(
         False,
@@ -73,19 +78,19 @@ class FeedbackConfig(_Section):
     )
 
 
-class ClippingConfig(_Section):
+class ClippingConfig(Section):
     level: _OptionalLevel = _family_level(
         "level L of clipping at mean + k sd of earlier log gradient norms, k = 4(1 - L)/L - 4L"
     )
     ema_decay: _Share = Field(0.97, description="decay per applied step of the log gradient norm's mean and variance")
 
 
-class AveragingConfig(_Section):
+class AveragingConfig(Section):
     level: _OptionalLevel = _family_level("level L of gradient averaging, whose decay is beta_max * L")
     beta_max: _Share = Field(0.99, description="decay of the gradient average at level 1 (kept in fp32)")
 
 
-class RegularizationConfig(_Section):
+class RegularizationConfig(Section):
     level: _OptionalLevel = _family_level("level L of regularization, whose coefficient is max * L^2")
     kind: Literal["z_loss", "label_smoothing", "init_decay"] = Field(
         "z_loss", description="penalty on the squared log-partition, label smoothing, or pull to the initial weights"
@@ -98,29 +103,14 @@ class RegularizationConfig(_Section):
 class Stabilizers(TypedDict, total=False):
     """The families that the level drives, by name; an absent family is off."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     feedback: FeedbackConfig
     clipping: ClippingConfig
     averaging: AveragingConfig
     regularization: RegularizationConfig
 
 
-class ControllerConfig(_Section):
-    warmup_steps: _Steps | None = Field(
-        None,
-        description=f"applied steps at gain 0 before feedback starts; null = {WARMUP_PRETRAINED} from pretrained "
-        f"weights, {WARMUP_SCRATCH} from scratch",
-    )
-    ramp_steps: _Steps = Field(5, description="applied steps over which the gain is then faded in")
-    gain_max: float = Field(
-        8.0, gt=0, le=50, description="largest gain of the token weights; a level that asks for more is saturated"
-    )
-    trim_kp: float = Field(0.1, ge=0, le=10, description="proportional part of the trim on the ratio's error")
-    trim_ki: float = Field(0.02, ge=0, le=10, description="integral part of the trim, per applied step")
-    trim_max: float = Field(0.5, ge=0, le=50, description="largest trim, in units of gain; 0 = feed-forward only")
-
-
-class StatisticsConfig(_Section):
+class StatisticsConfig(Section):
     high_frequency_coverage: _Share = Field(
         0.5, description="share of the training tokens that the high-frequency set covers"
     )
@@ -140,7 +130,7 @@ class StatisticsConfig(_Section):
     )
 
 
-class ProbeConfig(_Section):
+class ProbeConfig(Section):
     interval: _Steps = Field(0, description="generate from fixed prompts every so many optimizer steps; 0 = off")
     num_prompts: _Count = Field(16, description="prompts of a probe")
     max_new_tokens: _Count = Field(64, description="tokens generated per prompt")
@@ -152,7 +142,7 @@ class ProbeConfig(_Section):
     )
 
 
-class StabilityConfig(_Section):
+class StabilityConfig(Section):
     """The `stability` block, frozen. Build it with `parse`, for one-line errors; `describe()` lists every key."""
 
     level: _Level = Field(
@@ -163,21 +153,39 @@ class StabilityConfig(_Section):
     stabilizers: Stabilizers | None = Field(
         None, description="families that the level drives; null = feedback alone, {} = none"
     )
-    controller: ControllerConfig = Field(ControllerConfig(), description="the feedback loop")
+    objective: Objectives = Field(
+        CrossEntropy(), discriminator="name", description="what is optimized, per token; the token weights multiply it"
+    )
+    controller: ControllerConfig = Field(ControllerConfig(), description="the feedback loop, or the governor")
     statistics: StatisticsConfig = Field(StatisticsConfig(), description="what is measured at every step")
     probe: ProbeConfig = Field(ProbeConfig(), description="generation during training")
-    loss_path: Literal["stock", "chunked"] | None = Field(
-        None, description="the model's own loss with statistics beside it, or ours; null = stock if nothing is above 0"
+    alarm: AlarmConfig = Field(AlarmConfig(), description="warnings when the probe's texts leave the band of the reference text")
+    loss_path: Literal["stock", "chunked", "linear"] | None = Field(
+        None, description="the model's own loss with statistics beside it, ours from the logits, or ours from the hidden states; "
+        "null = stock if nothing is above 0, else linear",
     )
     max_skipped_steps: _Count = Field(10, description="skipped optimizer steps in a row that end the run")
+
+    @model_validator(mode="after")
+    def _check_governor(self) -> "StabilityConfig":
+        above = max_level(self.level) > 0 or self.max_level("feedback") > 0
+        if self.governed and above:
+            raise InvalidValue(".controller.mode", "governor", '"level" where a level is above 0; or set level to 0: the '
+                               "governor takes the place of feedback, and the two would pull against each other")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _check_loss_path(self) -> "StabilityConfig":
         if self.loss_path == "stock" and self._acts_through_loss():
             raise InvalidValue(
                 ".loss_path", "stock",
-                '"chunked" or null, as feedback, z_loss and label_smoothing above level 0 act through the chunked loss',
+                '"linear", "chunked" or null, as feedback, z_loss and label_smoothing above level 0, the governor, and every '
+                "objective but cross_entropy act through our loss",
             )  # fmt: skip
+        if self.loss_path == "linear" and self.prepares_batches:
+            raise InvalidValue(
+                ".loss_path", "linear", f'"chunked" or null, as objective {self.objective.name} looks at the logits of whole sequences'
+            )
         feedback = self.families.get("feedback")
         if feedback is not None and (feedback.permute or feedback.replay) and self.max_level("feedback") == 0:
             key = "replay" if feedback.replay else "permute"
@@ -188,8 +196,12 @@ class StabilityConfig(_Section):
         if self.statistics.interval != 1 and self.resolved_loss_path != "stock":
             raise InvalidValue(
                 ".statistics.interval", self.statistics.interval,
-                "1 unless loss_path is stock, as the chunked loss and its controller need every step",
+                "1 unless loss_path is stock, as our loss and its controller need every step",
             )  # fmt: skip
+        if self.alarm.action != "off" and self.probe.interval == 0:
+            raise InvalidValue(
+                ".probe.interval", 0, 'an integer from 1 where alarm.action is not "off", as the alarm reads the probe\'s texts'
+            )
         return self
 
     @classmethod
@@ -223,23 +235,51 @@ class StabilityConfig(_Section):
         return max_level(self.family_schedule(family))
 
     @property
+    def governed(self) -> bool:
+        """Whether the governor takes the place of feedback."""
+        return self.controller.mode == "governor"
+
+    @property
     def active(self) -> bool:
-        """Whether any family is ever above level 0."""
-        return any(self.max_level(family) > 0 for family in self.families)
+        """Whether anything acts on training: a family that is ever above level 0, or the governor."""
+        return self.governed or any(self.max_level(family) > 0 for family in self.families)
 
     def _acts_through_loss(self) -> bool:
         penalty = self.families.get("regularization")
         penalized = penalty is not None and penalty.kind != "init_decay" and self.max_level("regularization") > 0
-        return penalized or self.max_level("feedback") > 0
+        return penalized or self.governed or self.objective.name != "cross_entropy" or self.max_level("feedback") > 0
 
     @property
-    def resolved_loss_path(self) -> Literal["stock", "chunked"]:
-        """The loss path of the run: as asked, else stock if no family is ever above level 0."""
-        return self.loss_path or ("chunked" if self.active else "stock")
+    def resolved_loss_path(self) -> Literal["stock", "chunked", "linear"]:
+        """The loss path of the run: as asked, else stock for cross-entropy with nothing that acts on training, else linear.
+
+        Objectives that see each micro-batch before its forward need logits: chunked. A model whose head is not recognized takes
+        the chunked loss for linear (`fused_head.py`).
+        """
+        if self.loss_path is not None:
+            return self.loss_path
+        if self.prepares_batches:
+            return "chunked"
+        return "linear" if self.active or self.objective.name != "cross_entropy" else "stock"
+
+    @property
+    def prepares_batches(self) -> bool:
+        """Whether the objective has to see each micro-batch before its forward (and so acts in the chunked loss only)."""
+        return self.objective.name in PREPARED
 
     def with_level(self, level: Schedule, source: str = BLOCK) -> "StabilityConfig":
         """This block at another level (the `--stability_level` flag). Families with a level of their own keep it."""
         return self.parse({**self.to_dict(), "level": level}, source)
+
+    def with_target(self, target: str) -> "StabilityConfig":
+        """This block as a governor at `target` (the `--stability_target` flag); a level is taken back to 0."""
+        block = self.to_dict()
+        try:
+            value = parse_target(target)
+        except InvalidValue as error:
+            raise StabilityConfigError(f"--stability_target: {show_value(target)} is not allowed; must be {error.allowed}") from None
+        controller = {key: item for key, item in block["controller"].items() if key not in LEVEL_KEYS}
+        return self.parse({**block, "level": 0.0, "controller": controller | {"mode": "governor", "target": value}})
 
     def resolve(self, pretrained: bool) -> "StabilityConfig":
         """This block with every null filled that does not depend on model or data: what a manifest records.
@@ -248,7 +288,8 @@ class StabilityConfig(_Section):
         """
         block = self.to_dict()
         if block["controller"]["warmup_steps"] is None:
-            block["controller"]["warmup_steps"] = WARMUP_PRETRAINED if pretrained else WARMUP_SCRATCH
+            scratch = WARMUP_SCRATCH_GOVERNOR if self.governed else WARMUP_SCRATCH
+            block["controller"]["warmup_steps"] = WARMUP_PRETRAINED if pretrained else scratch
         block["stabilizers"] = {name: config.model_dump(mode="json") for name, config in self.families.items()}
         for name, family in block["stabilizers"].items():
             family["level"] = self.family_schedule(name)

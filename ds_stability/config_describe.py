@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from typing_extensions import is_typeddict
 
@@ -15,11 +15,21 @@ from ds_stability.config_errors import did_you_mean, key_path, show_value
 
 _TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a non-empty string"}
 _TYPE_NAMES[type(None)] = "null"
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Section(BaseModel):
+    """A part of a config with keys of its own."""
+
+    model_config = STRICT
 
 
 @dataclass(frozen=True)
 class KeyInfo:
-    """One key: dotted path, default as a JSON value, what is allowed, what it means, whether it holds other keys."""
+    """One key: dotted path, default as a JSON value, what is allowed, what it means, whether it holds other keys.
+
+    A key that only one kind of a section has is at "section(kind).key".
+    """
 
     path: str
     default: Any
@@ -31,11 +41,27 @@ class KeyInfo:
 def describe_model(model: type[BaseModel], prefix: str = "") -> Iterator[KeyInfo]:
     """Every key of `model` and of the models in it, in order of declaration."""
     for name, field in model.model_fields.items():
-        children = _children(field.annotation)
+        kinds = variants(field)
+        children = {} if kinds else _children(field.annotation)
         default = field.default.model_dump(mode="json") if isinstance(field.default, BaseModel) else field.default
-        yield KeyInfo(prefix + name, default, _allowed(field), field.description or "", bool(children))
+        yield KeyInfo(prefix + name, default, _allowed(field), field.description or "", bool(children or kinds))
+        if kinds:
+            names = " or ".join(show_value(kind) for kind in kinds)
+            yield KeyInfo(f"{prefix}{name}.{field.discriminator}", default[field.discriminator], names, "which kind it is", False)
+        for kind, child in kinds.items():
+            for info in describe_model(child, f"{prefix}{name}({kind})."):
+                if not info.path.endswith(f".{field.discriminator}"):
+                    yield info
         for path, child in children.items():
             yield from describe_model(child, f"{prefix}{name}{path}.")
+
+
+def variants(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """{name: section} of a key that holds one of several kinds of section, told apart by the field's discriminator."""
+    if not isinstance(field.discriminator, str):
+        return {}
+    models = typing.get_args(field.annotation)
+    return {typing.get_args(model.model_fields[field.discriminator].annotation)[0]: model for model in models}
 
 
 def _children(annotation: Any) -> dict[str, type[BaseModel]]:
@@ -64,6 +90,8 @@ def _allowed_type(annotation: Any, bounds: list[Any]) -> str:
         inner = [bound for extra in args[1:] if isinstance(extra, FieldInfo) for bound in extra.metadata]
         return _allowed_type(args[0], [*bounds, *inner])
     if origin in (typing.Union, types.UnionType):
+        if all(_is_model(arg) for arg in args):
+            return "an object with a name, and the keys of that kind"
         return ", or ".join(_allowed_type(arg, bounds) for arg in args)
     if origin is Literal:
         return " or ".join(show_value(arg) for arg in args)
@@ -102,10 +130,13 @@ def translate(error: ValidationError, model: type[BaseModel], source: str) -> st
 def _problem_line(problem: Any, model: type[BaseModel], source: str) -> str:
     loc, given = problem["loc"], problem["input"]
     known = {info.path: info for info in describe_model(model)}
-    dotted = ".".join(str(part) for part in loc)
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        loc = (*loc, problem["ctx"]["discriminator"].strip("'"))
+        given = problem["ctx"].get("tag")
+    loc, dotted = _without_kinds(loc, model)
     path = key_path(loc, source)
     if problem["type"] in ("extra_forbidden", "invalid_key"):
-        return _unknown_key_line(path, loc, given, known)
+        return _unknown_key_line(path, _without_kinds(problem["loc"][:-1], model)[1], str(loc[-1]), given, known)
     if problem["type"] == "value_error":  # an InvalidValue of ours, which knows more than pydantic does
         cause = problem["ctx"]["error"]
         path, given, allowed = path + cause.where, cause.given, cause.allowed
@@ -118,15 +149,23 @@ def _problem_line(problem: Any, model: type[BaseModel], source: str) -> str:
     return f"{path}: {show_value(given)} is not allowed; must be {allowed}"
 
 
+def _without_kinds(loc: tuple, model: type[BaseModel]) -> tuple[tuple, str]:
+    """(what the user wrote, the path in `describe_model`) of an error's place, in which pydantic names a section's kind."""
+    field = model.model_fields.get(loc[0]) if loc else None
+    kinds = variants(field) if field is not None else {}
+    if len(loc) > 1 and loc[1] in kinds:
+        return (loc[0], *loc[2:]), ".".join([f"{loc[0]}({loc[1]})", *map(str, loc[2:])])
+    return loc, ".".join(str(part) for part in loc)
+
+
 def _keys_below(section: str, known: dict[str, KeyInfo]) -> list[str]:
     """Names of the keys directly in `section` ("" is the whole block); of `stabilizers`, the families."""
     prefix = section + "." if section else ""
-    names = (path.removeprefix(prefix).partition(".")[0] for path in known if path.startswith(prefix))
-    return list(dict.fromkeys(names))
+    names = (path.removeprefix(prefix).partition(".")[0].partition("(")[0] for path in known if path.startswith(prefix))
+    return list(dict.fromkeys([*(["name"] if "(" in section else []), *names]))
 
 
-def _unknown_key_line(path: str, loc: tuple, given: object, known: dict[str, KeyInfo]) -> str:
-    section, key = ".".join(str(part) for part in loc[:-1]), str(loc[-1])
+def _unknown_key_line(path: str, section: str, key: str, given: object, known: dict[str, KeyInfo]) -> str:
     siblings = _keys_below(section, known)
     guess = did_you_mean(key, siblings)
     if guess is None:  # the right key in the wrong place

@@ -24,17 +24,39 @@ class Setting:
     mu: float = 0.0  # nats
     sigma: float = 1.0  # nats
     mean_weight: float = 1.0
+    entropy_bonus: float = 0.0  # b: the objective of a token becomes objective - b H; below 0 it is a penalty
 
 
 @dataclass
-class ControllerState:
-    """Everything that a resumed run needs; JSON-ready."""
+class SurprisalState:
+    """Smoothed moments and histogram of surprisal: what token weights are standardized and normalized with."""
 
-    applied_steps: int = 0
     moment_steps: int = 0  # applied steps that had a supervised token
     ema_surprisal: float = 0.0
     ema_surprisal_sq: float = 0.0
     histogram: list[float] = field(default_factory=lambda: [0.0] * (3 * hist.NUM_BINS))
+
+    def observe(self, sums: StepSums, moments: tuple[float, float], keep: float) -> None:
+        """Take in an applied step with supervised tokens; `keep` is the decay of the moments."""
+        self.moment_steps += 1
+        self.ema_surprisal = keep * self.ema_surprisal + (1 - keep) * moments[0]
+        self.ema_surprisal_sq = keep * self.ema_surprisal_sq + (1 - keep) * moments[1]
+        fresh = (sums.bins / sums["tokens"]).ravel()
+        self.histogram = (HISTOGRAM_DECAY * np.array(self.histogram) + (1 - HISTOGRAM_DECAY) * fresh).tolist()
+
+    def standardization(self, keep: float) -> tuple[float, float, np.ndarray, np.ndarray]:
+        """(mu, sigma, points [P], masses [P]), in nats; at least one step must have been observed."""
+        correction = 1.0 - keep**self.moment_steps
+        mu = self.ema_surprisal / correction
+        sigma = math.sqrt(max(self.ema_surprisal_sq / correction - mu**2, 1e-12))
+        return mu, sigma, *hist.quadrature(np.array(self.histogram).reshape(hist.NUM_BINS, 3))
+
+
+@dataclass
+class ControllerState(SurprisalState):
+    """Everything that a resumed run needs; JSON-ready."""
+
+    applied_steps: int = 0
     integral: float = 0.0
     trim: float = 0.0
     saturated: bool = False
@@ -80,7 +102,7 @@ class FeedbackController:
         target, ramp = 1.0 - self.level, self._ramp(state.applied_steps)
         moments = surprisal_moments(sums)
         if moments is not None:
-            self._observe(sums, moments)
+            state.observe(sums, moments, self.ema_decay)
             if ramp >= 1.0 and self.gains is None:
                 self._update_trim(variance_ratio(sums), target)
         state.applied_steps += 1
@@ -92,14 +114,6 @@ class FeedbackController:
         return min(max((step - self.warmup_steps + 1) / self.ramp_steps, 0.0), 1.0) if self.ramp_steps else float(
             step >= self.warmup_steps
         )
-
-    def _observe(self, sums: StepSums, moments: tuple[float, float]) -> None:
-        state, keep = self.state, self.ema_decay
-        state.moment_steps += 1
-        state.ema_surprisal = keep * state.ema_surprisal + (1 - keep) * moments[0]
-        state.ema_surprisal_sq = keep * state.ema_surprisal_sq + (1 - keep) * moments[1]
-        fresh = (sums.bins / sums["tokens"]).ravel()
-        state.histogram = (HISTOGRAM_DECAY * np.array(state.histogram) + (1 - HISTOGRAM_DECAY) * fresh).tolist()
 
     def _update_trim(self, ratio: float | None, target: float) -> None:
         """PI on the ratio's error. Positive error: too much variance is left, the gain has to grow."""
@@ -117,11 +131,8 @@ class FeedbackController:
     def _choose_setting(self) -> None:
         """Solve for the gain of the coming step, and predict the mean weight under it."""
         state = self.state
-        correction = 1.0 - self.ema_decay**state.moment_steps
-        mu = state.ema_surprisal / correction
-        sigma = math.sqrt(max(state.ema_surprisal_sq / correction - mu**2, 1e-12))
+        mu, sigma, points, masses = state.standardization(self.ema_decay)
         target, ramp = 1.0 - self.level, self._ramp(state.applied_steps)
-        points, masses = hist.quadrature(np.array(state.histogram).reshape(hist.NUM_BINS, 3))
         gain, state.saturated = 0.0, False
         if self.gains is not None:
             gain = self.gains[min(state.applied_steps, len(self.gains) - 1)]

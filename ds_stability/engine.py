@@ -91,6 +91,16 @@ def engine_of(module: torch.nn.Module) -> deepspeed.DeepSpeedEngine | None:
 class StabilityMixin:
     """What the dynamic subclass adds to a DeepSpeedEngine."""
 
+    def forward(self, *inputs, **kwargs):
+        stability = self.stability
+        if self.training and torch.is_grad_enabled():
+            stability.measure_held_out()
+            if stability.preparation is not None or stability.alarm is not None:
+                if inputs:
+                    kwargs = {**inspect.signature(self.module.forward).bind_partial(*inputs).arguments, **kwargs}
+                inputs, kwargs = (), stability.before_forward(kwargs)
+        return super().forward(*inputs, **kwargs)
+
     def _take_model_step(self, lr_kwargs):
         stability = self.stability
         sums = stability.reduce()  # the one collective and the one host synchronization of the step

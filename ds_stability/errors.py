@@ -45,3 +45,9 @@ class StoppedError(RuntimeError):
     """A signal stopped the run after a whole step, and its checkpoint is saved: start it again (sysexits.h: EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+class AlarmStoppedError(StoppedError):
+    """The alarm saw a collapse and its action is to stop; a checkpoint is saved. Starting again alone would not mend it."""
+
+    exit_code = 4

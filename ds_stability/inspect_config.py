@@ -85,7 +85,11 @@ def _key_reports(stability: StabilityConfig, given: dict[str, Any], flagged: boo
     values = {**stability.to_dict(), "stabilizers": families}
     reports = []
     for info in describe():
-        parts = info.path.split(".")
+        section_name, kind, rest = info.path.partition("(")
+        if kind and not rest.startswith(f"{values[section_name]['name']})"):
+            continue  # a key of another kind of objective
+        path = section_name + rest.partition(")")[2] if kind else info.path
+        parts = path.split(".")
         absent = parts[0] == "stabilizers" and (parts[1] not in families if len(parts) > 1 else bool(families))
         if absent or (info.section and info.path != "stabilizers"):
             continue
@@ -94,7 +98,7 @@ def _key_reports(stability: StabilityConfig, given: dict[str, Any], flagged: boo
             value = value[part]
         origin = "file" if parts[-1] in section(given, *parts[:-1]) else "default"
         origin = "flag" if flagged and info.path == "level" else origin
-        reports.append(KeyReport(info.path, value, origin, _remark(info.path, value, stability)))
+        reports.append(KeyReport(path, value, origin, _remark(info.path, value, stability)))
     return reports
 
 
@@ -122,7 +126,11 @@ def _number_or_text(value: Any) -> float | str:
 def _loss_path_reason(stability: StabilityConfig) -> str:
     if stability.loss_path is not None:
         return "as the block asks"
+    if stability.governed:
+        return f"the governor of {stability.controller.statistic} acts through it"
     levels = [f"{name} up to {stability.max_level(name)}" for name in stability.families if stability.max_level(name)]
+    if stability.objective.name != "cross_entropy":
+        levels.append(f"objective {stability.objective.name}")
     return ", ".join(levels) if levels else "no stabilizer is ever above level 0"
 
 

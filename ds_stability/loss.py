@@ -5,7 +5,8 @@ Shape suffixes: B batch, T sequence, V vocabulary, N tokens of a micro-batch (B 
 `StabilityLoss` takes the place of a transformers model's `loss_function` (transformers/modeling_utils.py, property
 `loss_function`): it gets the final logits, after soft-capping and scaling, so it is right for every architecture that
 calls it. In the chunked path no [tokens, vocab] fp32 tensor outlives a chunk: the forward keeps the logits (in their own
-dtype) and a coefficient per token, the backward recomputes the softmax chunk by chunk.
+dtype) and a coefficient per token, the backward recomputes the softmax chunk by chunk. In the linear path there are no
+logits: the model's head has computed the loss (`fused_head.py`), and what comes here as logits is its carrier.
 """
 
 from collections.abc import Callable
@@ -21,9 +22,23 @@ from ds_stability.statistics import TOKEN_FIELDS
 IGNORE_INDEX = -100
 #: Per-token objective: (logits_CV fp32, labels_C) -> loss_C. The weights multiply it.
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-#: Elements of one fp32 chunk: 64 MiB on an accelerator; a few times the L2 cache on a CPU.
-CHUNK_ELEMENTS = {"cpu": 2**21}
+#: Elements of one fp32 chunk: 64 MiB on an accelerator; on a CPU what two buffers of fit into the L2 cache.
+CHUNK_ELEMENTS = {"cpu": 2**18}
 CHUNK_ELEMENTS_DEFAULT = 2**24
+#: Tokens whose histogram is counted at a time: [bins, tokens] fp64 stays at 2 MiB.
+COUNT_TOKENS = 4096
+
+
+class RowObjective:
+    """The objective of one micro-batch of `count` tokens: `at(rows)` is that of the tokens `rows`, a slice or indices."""
+
+    def __init__(self, at: Callable[..., Objective], count: int):
+        self.at, self.count = at, count
+
+
+def objective_at(objective: Objective | RowObjective, rows) -> Objective:
+    """The function for the tokens `rows` (a slice or indices) of the micro-batch."""
+    return objective.at(rows) if isinstance(objective, RowObjective) else objective
 
 
 def cross_entropy(logits_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
@@ -69,29 +84,49 @@ def chunk_tokens(logits_NV: torch.Tensor, chunk_size: int | None) -> int:
     return max(1, CHUNK_ELEMENTS.get(logits_NV.device.type, CHUNK_ELEMENTS_DEFAULT) // logits_NV.shape[-1])
 
 
+def view_of(buffer: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The first elements of a flat `buffer` as a matrix."""
+    return buffer[: shape[0] * shape[1]].view(shape)
+
+
 @torch.no_grad()
-def token_statistics(logits_CV, labels_C, high_frequency_V):
+def token_statistics(logits_CV, labels_C, high_frequency_V, buffers=None):
     """Per-token statistics of one chunk, in fp32.
 
     Args:
         logits_CV: any float dtype. -inf (a padded vocabulary) is allowed: a probability of 0 adds 0 to the entropy.
         labels_C: target ids; must be valid ids (mask first).
         high_frequency_V: fp32 0/1 mask of the high-frequency set, or None.
+        buffers: two flat fp32 tensors of at least C * V elements to work in; None makes them.
 
     Returns:
-        surprisal_C, entropy_C (nats), top1_C (probability), log_partition_C (nats), high_frequency_C (probability).
+        [5, C]: surprisal, entropy (nats), top-1 probability, log-partition (nats), high-frequency probability.
     """
-    logits_CV = logits_CV.float()
+    if buffers is None:
+        buffers = logits_CV.new_empty(2, logits_CV.numel(), dtype=torch.float32)
+    work_CV = view_of(buffers[0], logits_CV.shape).copy_(logits_CV)
+    return statistics_in_place(work_CV, view_of(buffers[1], logits_CV.shape), labels_C.unsqueeze(1), high_frequency_V)[0]
+
+
+def statistics_in_place(logits_CV, exp_CV, labels_C1, high_frequency_V):
+    """As `token_statistics`, without another tensor of that size; no host sync.
+
+    `exp_CV` ends as exp(logits - peak), `logits_CV` as that times (logits - peak). Also returns the sum [C, 1] of `exp_CV` and
+    its logarithm.
+    """
     peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
-    shifted_CV = logits_CV - peak_C1  # entropy of a collapsed model needs the small numbers, not lse - E[x]
-    exp_CV = shifted_CV.exp()
-    total_C = exp_CV.sum(dim=-1)
-    log_total_C = total_C.log()
-    surprisal_C = log_total_C - shifted_CV.gather(1, labels_C.unsqueeze(1)).squeeze(1)
+    shifted_CV = logits_CV.sub_(peak_C1)  # entropy of a collapsed model needs the small numbers, not lse - E[x]
+    label_C1 = shifted_CV.gather(1, labels_C1)
     # Below -104 exp() is 0 in fp32, so the bound changes nothing but 0 * -inf.
-    entropy_C = log_total_C - (exp_CV * shifted_CV.clamp_(min=-200.0)).sum(dim=-1) / total_C
-    high_C = exp_CV @ high_frequency_V / total_C if high_frequency_V is not None else torch.zeros_like(total_C)
-    return surprisal_C, entropy_C, 1.0 / total_C, peak_C1.squeeze(1) + log_total_C, high_C
+    torch.exp(shifted_CV.clamp_(min=-200.0), out=exp_CV)
+    total_C1 = exp_CV.sum(dim=-1, keepdim=True)
+    log_total_C1 = total_C1.log()
+    entropy_C1 = log_total_C1 - shifted_CV.mul_(exp_CV).sum(dim=-1, keepdim=True) / total_C1
+    high_C1 = torch.zeros_like(total_C1)
+    if high_frequency_V is not None:
+        high_C1 = torch.mv(exp_CV, high_frequency_V.to(exp_CV.dtype)).unsqueeze(1) / total_C1
+    values_5C = torch.cat([log_total_C1 - label_C1, entropy_C1, 1.0 / total_C1, peak_C1 + log_total_C1, high_C1], dim=1).t()
+    return values_5C, total_C1, log_total_C1
 
 
 def token_weights(surprisal_C: torch.Tensor, setting: Setting) -> torch.Tensor:
@@ -103,9 +138,9 @@ class _WeightedLoss(torch.autograd.Function):
     """sum_i coefficient_i * objective(logits_i, label_i) for precomputed objective values and coefficients."""
 
     @staticmethod
-    def forward(ctx, logits_NV, labels_N, coefficient_N, loss_sum, objective, chunk, on_backward):
+    def forward(ctx, logits_NV, labels_N, coefficient_N, loss_sum, objective, bonus, chunk, on_backward):
         ctx.save_for_backward(logits_NV, labels_N, coefficient_N)
-        ctx.objective, ctx.chunk, ctx.on_backward = objective, chunk, on_backward
+        ctx.objective, ctx.bonus, ctx.chunk, ctx.on_backward = objective, bonus, chunk, on_backward
         return loss_sum.clone()  # returned as it came it would be a view, which Trainer may not scale in place
 
     @staticmethod
@@ -116,20 +151,31 @@ class _WeightedLoss(torch.autograd.Function):
         scaled_N = coefficient_N * grad_output.float()
         for start in range(0, logits_NV.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            grad_NV[rows] = _chunk_gradient(logits_NV[rows], labels_N[rows], scaled_N[rows], ctx.objective)
-        return grad_NV, None, None, None, None, None, None
+            objective = objective_at(ctx.objective, rows)
+            grad_NV[rows] = _chunk_gradient(logits_NV[rows], labels_N[rows], scaled_N[rows], objective, ctx.bonus)
+        return grad_NV, None, None, None, None, None, None, None
 
 
-def _chunk_gradient(logits_CV, labels_C, coefficient_C, objective):
-    """d/d logits of sum_i coefficient_i * objective_i, fp32 [C, V]."""
+def _chunk_gradient(logits_CV, labels_C, coefficient_C, objective, bonus):
+    """d/d logits of sum_i coefficient_i * (objective_i - bonus * H_i), fp32 [C, V]."""
     if objective is cross_entropy:
         grad_CV, labels_C1 = torch.softmax(logits_CV, dim=-1, dtype=torch.float32), labels_C.unsqueeze(1)
         grad_CV.scatter_(1, labels_C1, grad_CV.gather(1, labels_C1) - 1.0)
-        return grad_CV.mul_(coefficient_C.unsqueeze(1))
-    with torch.enable_grad():
-        leaf_CV = logits_CV.detach().float().requires_grad_()
-        (grad_CV,) = torch.autograd.grad(objective(leaf_CV, labels_C), leaf_CV, coefficient_C)
-    return grad_CV
+        grad_CV.mul_(coefficient_C.unsqueeze(1))
+    else:
+        with torch.enable_grad():
+            leaf_CV = logits_CV.detach().float().requires_grad_()
+            (grad_CV,) = torch.autograd.grad(objective(leaf_CV, labels_C), leaf_CV, coefficient_C)
+    return grad_CV if bonus == 0.0 else grad_CV.add_(_bonus_gradient(logits_CV, bonus * coefficient_C))
+
+
+def _bonus_gradient(logits_CV, coefficient_C):
+    """d/d logits of -sum_i coefficient_i H_i, fp32 [C, V]: dH / d logit = -p (log p + H)."""
+    # Below -104 p is 0 in fp32, so the bound changes nothing but 0 * -inf (a padded vocabulary).
+    log_p_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32).clamp_(min=-200.0)
+    p_CV = log_p_CV.exp()
+    entropy_C1 = -(p_CV * log_p_CV).sum(dim=-1, keepdim=True)
+    return p_CV.mul_(log_p_CV.add_(entropy_C1)).mul_(coefficient_C.unsqueeze(1))
 
 
 class StabilityLoss:
@@ -138,23 +184,27 @@ class StabilityLoss:
     Args:
         module: the model; only its `training` flag is read.
         stock: the model's own loss function, used at level 0 and in evaluation.
-        chunked: use the chunked weighted loss in training (the path is chosen once per run).
+        chunked: use our weighted loss in training, in chunks over tokens (the path is chosen once per run).
         chunk_size: tokens per chunk; None chooses from memory.
 
     Attributes:
-        setting: gain, mu, sigma and mean weight of the coming step (set by the engine before each step).
-        objective: per-token objective of the coming step.
+        setting: gain, mu, sigma, mean weight and entropy bonus of the coming step (set by the engine before each step).
+        base_objective: per-token objective of the run, or of the coming micro-batch.
+        objective: what is optimized next: the same, with what regularization adds.
         measure: False lets the stock path skip its statistics in this step (`statistics.interval`).
         high_frequency_V: fp32 0/1 mask, or None.
         permutation_step: the applied step that seeds a permutation of the weights (a control experiment), or None for none.
             The recorded weighted moments stay those of the weights in place; the recorded loss is the one optimized.
         rank: of this process, another part of that seed.
+        head: the `FusedHead` that computes the loss in the model's head (the linear path), or None.
         train, evaluation: accumulators. on_backward(grad_output, denominator, tokens) is told of every backward.
     """
 
     def __init__(self, module: torch.nn.Module, stock: Callable, chunked: bool, device, chunk_size: int | None = None):
         self.module, self.stock, self.chunked, self.chunk_size = module, stock, chunked, chunk_size
-        self.setting, self.objective, self.measure = Setting(), cross_entropy, True
+        self.setting, self.measure = Setting(), True
+        self.base_objective: Objective | RowObjective = cross_entropy
+        self.objective: Objective | RowObjective = cross_entropy
         self.high_frequency_V: torch.Tensor | None = None
         self.train, self.evaluation = TokenAccumulator(device), TokenAccumulator(device)
         self.forwards = self.backwards = 0
@@ -162,6 +212,13 @@ class StabilityLoss:
         self.rank = 0
         self.interleaved = False  # refuse a second forward before the backward of the first
         self.on_backward: Callable | None = None
+        self.head = None
+
+    def release(self) -> None:
+        """Another engine takes the model: its head computes no more for this loss."""
+        if self.head is not None:
+            self.head.release()
+            self.head = None
 
     def require_used(self) -> None:
         """At a step boundary: the chunked loss must have been called, and its gradient asked for.
@@ -184,6 +241,9 @@ class StabilityLoss:
     def __call__(self, logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=IGNORE_INDEX,
                  shift_labels=None, **kwargs):  # fmt: skip
         """Scalar loss. Arguments as in transformers/loss/loss_utils.py, ForCausalLMLoss."""
+        taken = self.head.take(logits, labels, shift_labels, ignore_index) if self.head is not None else None
+        if taken is not None:
+            return self._finished(*taken, num_items_in_batch)
         targets_N = _shift(labels, ignore_index) if shift_labels is None else shift_labels.reshape(-1)
         targets_N = targets_N.to(logits.device)
         logits_NV = logits.reshape(-1, logits.shape[-1])
@@ -206,40 +266,72 @@ class StabilityLoss:
         return loss
 
     def _weighted(self, logits_NV, targets_N, num_items_in_batch, ignore_index):
+        if isinstance(self.objective, RowObjective) and self.objective.count != logits_NV.shape[0]:
+            raise StabilityConfigError(
+                f"stability.objective was made for {self.objective.count} tokens and the model gives logits of {logits_NV.shape[0]}; "
+                "such an objective needs the logits of all positions (no virtual tokens, no sequence parallelism)"
+            )
         weighted_N = self._record(self.train, logits_NV.detach(), targets_N, ignore_index, keep=True)
         mask_N = targets_N != ignore_index
         tokens = mask_N.sum()
         denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         objective_N, weight_N = weighted_N
         if self.permutation_step is not None:
-            weight_N = self._permuted(weight_N, objective_N, mask_N)
+            in_place_N, weight_N = weight_N, self.permuted(weight_N, mask_N)
+            change_N = (weight_N.double() - in_place_N.double()) / self.setting.mean_weight * objective_N.double()
+            self.train.sums_K[TOKEN_FIELDS.index("loss")] += torch.where(mask_N, change_N, 0.0).sum()
         coefficient_N = torch.where(mask_N, weight_N / self.setting.mean_weight / denominator, 0.0)
         loss_sum = torch.where(mask_N, coefficient_N * objective_N, 0.0).sum()
         # A non-finite surprisal can still have a finite gradient; every rank has to see that this step is lost.
         coefficient_N = torch.where(loss_sum.isfinite(), coefficient_N, torch.nan)
         chunk = chunk_tokens(logits_NV, self.chunk_size)
         labels_N = torch.where(mask_N, targets_N, 0)
+        self.refuse_second_forward()
+        self.forwards += 1
+        return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective,
+                                   self.setting.entropy_bonus, chunk, lambda grad: self._report(grad, denominator, tokens))  # fmt: skip
+
+    def refuse_second_forward(self) -> None:
+        """Raises StabilityConfigError where ZeRO-3 would lose the gradients of the forward before."""
         if self.interleaved and self.forwards > self.backwards:
             raise StabilityConfigError(
                 "a second forward came before a backward through the loss of the first: either the training loss did not "
                 "pass through the model's loss function (set stability.level to 0), or two losses are added up, with which "
                 "DeepSpeed's ZeRO-3 loses gradients (call backward after each forward)"
             )
-        self.forwards += 1
-        return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective, chunk,
-                                   lambda grad: self._report(grad, denominator, tokens))  # fmt: skip
+
+    def _finished(self, loss, tokens, num_items_in_batch):
+        """The loss that the head has computed, divided; `loss` is a sum over `tokens` (linear_loss.Tokens)."""
+        self._record_finished(tokens)
+        count = tokens.mask_N.sum()
+        denominator = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = loss / torch.where(count > 0, denominator, 1)  # Trainer's denominator may be 0 then
+        self._watch(loss, denominator, count)
+        return loss
+
+    def _record_finished(self, tokens) -> None:
+        weight_N = token_weights(tokens["surprisal"], self.setting)  # in place, where `tokens` has permuted ones
+        loss_N = tokens["weight"].double() / self.setting.mean_weight * tokens["objective"].double()
+        self._add(self.train, tokens.values_KN[:5], weight_N, loss_N, tokens.mask_N)
 
     @torch.no_grad()
-    def _permuted(self, weight_N, objective_N, mask_N):
-        """The weights of the supervised tokens of this micro-batch in random order; the recorded loss follows."""
+    def _add(self, accumulator, values_5N, weight_N, loss_N, mask_N) -> None:
+        """Add a micro-batch: `values_5N` as of `token_statistics`, `loss_N` what is optimized."""
+        (s, *rest), w = values_5N.double(), weight_N.double()
+        rows_KN = torch.stack([torch.ones_like(s), s, s * s, w, w * s, w * s * s, w * w, *rest, loss_N.double()])
+        for start in range(0, rows_KN.shape[1], COUNT_TOKENS):
+            part = slice(start, start + COUNT_TOKENS)
+            accumulator.add(rows_KN[:, part], mask_N[part])
+
+    @torch.no_grad()
+    def permuted(self, weight_N, mask_N):
+        """The weights of the supervised tokens of this micro-batch in random order."""
         seed = (self.permutation_step * 65_537 + self.forwards) * 65_537 + self.rank
         keys_N = torch.rand(len(weight_N), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         order_N = torch.where(mask_N, keys_N.to(mask_N.device), 2.0).argsort()  # supervised tokens first, shuffled
         places_N = (~mask_N).to(torch.int8).argsort(stable=True)  # supervised tokens first, in their order
         permuted_N = torch.empty_like(weight_N)
         permuted_N[places_N] = weight_N[order_N]
-        change_N = (permuted_N.double() - weight_N.double()) / self.setting.mean_weight * objective_N.double()
-        self.train.sums_K[TOKEN_FIELDS.index("loss")] += torch.where(mask_N, change_N, 0.0).sum()
         return permuted_N
 
     @torch.no_grad()
@@ -249,24 +341,26 @@ class StabilityLoss:
             return self._record_chunks(accumulator, logits_NV, targets_N, ignore_index, keep)
 
     def _record_chunks(self, accumulator, logits_NV, targets_N, ignore_index, keep):
-        kept = []
-        chunk = chunk_tokens(logits_NV, self.chunk_size)
-        for start in range(0, logits_NV.shape[0], chunk):
-            logits_CV, targets_C = logits_NV[start : start + chunk], targets_N[start : start + chunk]
-            mask_C = targets_C != ignore_index
-            labels_C = torch.where(mask_C, targets_C, 0)
-            s_C, entropy_C, top1_C, lse_C, high_C = token_statistics(logits_CV, labels_C, self.high_frequency_V)
-            weight_C = token_weights(s_C, self.setting) if keep else torch.ones_like(s_C)
-            value_C = s_C
+        mask_N = targets_N != ignore_index
+        labels_N = torch.where(mask_N, targets_N, 0)
+        chunk = min(chunk_tokens(logits_NV, self.chunk_size), max(1, len(targets_N)))
+        # Reused by every chunk: on a CPU fresh pages for each cost as much as the softmax.
+        buffers = logits_NV.new_empty(2, chunk * logits_NV.shape[1], dtype=torch.float32)
+        values_5N = logits_NV.new_empty(5, len(targets_N), dtype=torch.float32)
+        objectives = []
+        for start in range(0, len(targets_N), chunk):
+            rows = slice(start, start + chunk)
+            values_5N[:, rows] = token_statistics(logits_NV[rows], labels_N[rows], self.high_frequency_V, buffers)
             if keep and self.objective is not cross_entropy:
-                value_C = self.objective(logits_CV.float(), labels_C)
-            s, w = s_C.double(), weight_C.double()
-            loss = w / self.setting.mean_weight * value_C if keep else s
-            accumulator.add(torch.stack([torch.ones_like(s), s, s * s, w, w * s, w * s * s, w * w, entropy_C.double(),
-                                         top1_C.double(), lse_C.double(), high_C.double(), loss]), mask_C)  # fmt: skip
-            if keep:
-                kept.append((value_C, weight_C))
-        return tuple(torch.cat(column) for column in zip(*kept, strict=True)) if keep else None
+                function = objective_at(self.objective, rows)
+                objectives.append(function(logits_NV[rows].float(), labels_N[rows]))
+        value_N = torch.cat(objectives) if objectives else values_5N[0]
+        if keep and self.setting.entropy_bonus != 0.0:
+            value_N = value_N - self.setting.entropy_bonus * values_5N[1]
+        weight_N = token_weights(values_5N[0], self.setting) if keep else torch.ones_like(value_N)
+        loss_N = weight_N.double() / self.setting.mean_weight * value_N if keep else value_N
+        self._add(accumulator, values_5N, weight_N, loss_N, mask_N)
+        return (value_N, weight_N) if keep else None
 
     def _watch(self, loss, denominator, tokens):
         """Tell `on_backward` the incoming gradient of the stock loss, which nobody else knows; changes nothing."""

@@ -11,11 +11,15 @@ from ds_stability.gradients import ReducedGradients, squared_norm
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.regularization import Regularization
 
+#: Elements of a piece of the parameters whose AdamW update is computed again.
+PIECE = 2**20
+
 
 class UpdateMeter:
     """|update|^2 and |parameters|^2 of this rank's partitions, in every `interval`-th applied step (0: never).
 
-    The values of a step are known after its collective, so they travel with the next one.
+    The values of a step are known after its collective, so they travel with the next one. torch's AdamW leaves behind what
+    its update was made of; for another optimizer the parameters are copied before the step.
     """
 
     def __init__(self, interval: int, device: torch.device):
@@ -31,6 +35,7 @@ class UpdateMeter:
         self.active = self.interval > 0 and step % self.interval == 0
 
     def start(self, index: int, parameter: torch.Tensor) -> None:
+        """Keep the parameters of a partition for `finish`."""
         if self.active:
             self.before[index] = parameter.detach().clone()
 
@@ -39,7 +44,35 @@ class UpdateMeter:
         if before is not None:
             parameter_sq = squared_norm([before])
             update_sq = squared_norm([before.sub_(parameter.detach())])
-            self.sums += torch.stack([update_sq, parameter_sq]).to(self.device)
+            self.add(torch.stack([update_sq, parameter_sq]))
+
+    def add(self, norms: torch.Tensor) -> None:
+        if self.active:
+            self.sums += norms.to(self.device, non_blocking=True)
+
+
+def is_plain_adamw(optimizer: torch.optim.Optimizer, group: dict) -> bool:
+    """Whether `adamw_norms` knows this optimizer's step."""
+    return type(optimizer) is torch.optim.AdamW and not group["amsgrad"] and not group["maximize"]
+
+
+@torch.no_grad()
+def adamw_norms(parameter: torch.Tensor, state: dict, group: dict) -> torch.Tensor:
+    """(|update|^2, |parameters before|^2) of the step that torch's AdamW just took, fp64 [2]; no host sync.
+
+    With u = lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), p_after = (1 - lr wd) p_before - u (arXiv 1711.05101).
+    """
+    (beta1, beta2), decay = group["betas"], group["lr"] * group["weight_decay"]
+    step = state["step"].double().to(parameter.device, non_blocking=True)
+    rate, root = group["lr"] / (1.0 - beta1**step), (1.0 - beta2**step).sqrt()
+    norms = torch.zeros(2, dtype=torch.float64, device=parameter.device)
+    for start in range(0, parameter.numel(), PIECE):
+        after, mean, square = (t.view(-1)[start : start + PIECE] for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+        update = square.sqrt().div_(root).add_(group["eps"]).reciprocal_().mul_(mean).mul_(rate)
+        before = (after + update).div_(1.0 - decay)
+        update.add_(before, alpha=decay)
+        norms += torch.stack([squared_norm([update]), squared_norm([before])])
+    return norms
 
 
 class OptimizerHooks:
@@ -63,7 +96,8 @@ class OptimizerHooks:
     @torch.no_grad()
     def _before(self, optimizer, args, kwargs) -> None:
         for index, parameter, group in self._stepped(optimizer):
-            self.meter.start(index, parameter)
+            if not self._replayable(optimizer, group):
+                self.meter.start(index, parameter)
             if self.regularization is not None:
                 self.regularization.apply(index, parameter, group["lr"])
             if self.averaging is not None:
@@ -71,8 +105,16 @@ class OptimizerHooks:
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs) -> None:
-        for index, parameter, _ in self._stepped(optimizer):
-            self.meter.finish(index, parameter)
+        for index, parameter, group in self._stepped(optimizer):
+            if self.meter.active and self._replayable(optimizer, group):
+                self.meter.add(adamw_norms(parameter.data, optimizer.state[parameter], group))
+            else:
+                self.meter.finish(index, parameter)
+
+    def _replayable(self, optimizer, group) -> bool:
+        """Whether the update can be known without a copy of the parameters: AdamW, and no pull before it."""
+        pulled = self.regularization is not None and self.regularization.kind == "init_decay"
+        return not pulled and is_plain_adamw(optimizer, group)
 
     def _stepped(self, optimizer):
         for group in optimizer.param_groups:
@@ -95,6 +137,6 @@ class OptimizerHooks:
                 part = mean.narrow(0, offset, grad.numel())
                 dots.append(torch.dot(grad.reshape(-1).float(), part.to(grad.device)).double())
                 offset += grad.numel()
-            products[0] += torch.stack(dots).sum().to(vector.device) / scale
-            products[1] += squared_norm([mean]).to(vector.device)
+            products[0] += torch.stack(dots).sum().to(vector.device, non_blocking=True) / scale
+            products[1] += squared_norm([mean]).to(vector.device, non_blocking=True)
         return products

@@ -251,6 +251,7 @@ def measure(
         "seq_rep_4": mean_seq_rep_n(texts, 4).value,
         "distinct_2": distinct_n(texts, 2).value,
         "high_frequency_share": share,
+        "end_rate": Mean(sum(s.finish_reason == "eos" for s in samples), len(samples)).value,
     }
 
 

@@ -26,7 +26,7 @@ from ds_stability.tags import TAGS, Tag, is_known, tag_table_markdown
 __all__ = ["TAGS", "Recorder", "Tag", "read_metrics", "tag_table_markdown"]
 
 Value = float | int | bool | None
-RARE = ("eval/", "probe/")  # keys with an interval of their own
+RARE = ("eval/", "probe/", "alarm/")  # keys with an interval of their own
 
 
 class Recorder:

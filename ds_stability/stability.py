@@ -1,30 +1,35 @@
 """State and parts of one engine's stability control, and what happens at each optimizer step boundary."""
 
-import sys
+import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 from deepspeed import comm as dist
 
-from ds_stability.collective import reduce_step, require_equal
+from ds_stability.causal_model import causal_lm, has_pretrained_weights
+from ds_stability.collective import reduce_step, reduce_tokens, require_equal
 from ds_stability.config import StabilityConfig
 from ds_stability.console import agree
-from ds_stability.controller import FeedbackController
+from ds_stability.controller import FeedbackController, Setting
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
 from ds_stability.gradients import reduced_gradients, squared_norm
+from ds_stability.held_out import GovernorProbe
 from ds_stability.histogram import NUM_BINS
-from ds_stability.loss import StabilityLoss
+from ds_stability.loss import StabilityLoss, cross_entropy
 from ds_stability.measures import StabilityMeasures
 from ds_stability.noise import MicroGradientMeter
+from ds_stability.objectives.build import Preparation, token_objective
 from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
+from ds_stability.same_block import require_same_block, training_part
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.clipping import Clipping
 from ds_stability.stabilizers.feedback import Feedback, read_gains
+from ds_stability.stabilizers.governance import Governance, check_target
 from ds_stability.stabilizers.regularization import Regularization
 from ds_stability.statistics import (
     STEP_FIELDS,
@@ -37,6 +42,7 @@ from ds_stability.statistics import (
 )
 
 STATE_VERSION = 1
+logger = logging.getLogger(__name__)
 
 
 class Stability:
@@ -51,7 +57,11 @@ class Stability:
         recorder: the run's `Recorder` on rank 0 where an integration made one, else None.
         probe: the `Probe` that an integration runs at its interval, or None.
         high_frequency_ids: the high-frequency set, or None.
-        feedback, clipping, averaging, regularization: the stabilizers; None where absent.
+        alarm: the `Alarm` that an integration asks after each probe, or None.
+        preparation: what the objective does before each training micro-batch, or None.
+        own_text: whether the coming step trains on generated text: its tokens enter no statistic and have weight 1.
+        feedback, governance, clipping, averaging, regularization: the stabilizers; None where absent.
+        governor_probe: how the governor measures on held-out text, or None.
     """
 
     def __init__(self, engine, config: StabilityConfig):
@@ -66,6 +76,14 @@ class Stability:
         self.meter = UpdateMeter(self.config.statistics.update_ratio_interval, self.device)
         self.hooks = OptimizerHooks(self.gradients, self.averaging, self.regularization, self.meter)
         self.loss = self._install_loss(model, engine)
+        self.preparation, self.own_text = None, False
+        if self.loss is not None:
+            self.loss.base_objective = self.loss.objective = token_objective(self.config.objective)
+            self.preparation = Preparation(self.config.objective, engine) if self.config.prepares_batches else None
+        self.governor_probe: GovernorProbe | None = None
+        if self.governance is not None:
+            check_target(self.config.controller, model.config.get_text_config().vocab_size)
+            self.governor_probe = GovernorProbe(self.engine, self.loss, self.governance, self.group, self.device)
         self.high_frequency_ids: list[int] | None = None
         self.measured = False  # whether the step being closed has token statistics
         self._load_high_frequency(model)
@@ -78,7 +96,7 @@ class Stability:
         self.stop_wish: Callable[[], bool] = lambda: False
         self.stop_requested = False
         self.listeners: list[Callable[[int, dict], None]] = []
-        self.recorder = self.probe = None
+        self.recorder = self.probe = self.alarm = None
         self.started = time.perf_counter()
         self._prepare()
 
@@ -95,17 +113,8 @@ class Stability:
             if config.max_level(family) > 0 and any(p.dtype != torch.float32 for p in partitions):
                 raise StabilityConfigError(f"stabilizer {name!r} needs fp32 master weights; these are {partitions[0].dtype}")
         self.clipping = self.averaging = self.regularization = None
-        feedback = families.get("feedback")
-        gains = None
-        if feedback is not None and feedback.replay is not None:
-            gains = agree(lambda: read_gains(feedback.replay))
-            require_equal({"gains": gains}, self.device, self.group, "replayed gains")
-        controller = FeedbackController(
-            lambda step: config.family_level("feedback", step),
-            control.warmup_steps, control.ramp_steps, control.gain_max, control.trim_kp, control.trim_ki,
-            control.trim_max, config.statistics.ema_decay, gains,
-        )  # fmt: skip
-        self.feedback = Feedback(controller, feedback is not None and feedback.permute)
+        self.governance = Governance(control, config.statistics.ema_decay) if config.governed else None
+        self.feedback = None if config.governed else self._feedback()
         if config.max_level("clipping") > 0:
             self.clipping = Clipping(lambda step: config.family_level("clipping", step), control.warmup_steps,
                                      families["clipping"].ema_decay)  # fmt: skip
@@ -115,23 +124,44 @@ class Stability:
             family = families["regularization"]
             self.regularization = Regularization(lambda step: config.family_level("regularization", step),
                                                  family.kind, family.max)  # fmt: skip
-        parts = {"feedback": self.feedback, "clipping": self.clipping, "averaging": self.averaging,
+        parts = {"feedback": self.feedback, "governance": self.governance, "clipping": self.clipping, "averaging": self.averaging,
                  "regularization": self.regularization}  # fmt: skip
         self.stabilizers = {name: part for name, part in parts.items() if part is not None}
 
+    def _feedback(self) -> Feedback:
+        config, control, family = self.config, self.config.controller, self.config.families.get("feedback")
+        gains = None
+        if family is not None and family.replay is not None:
+            gains = agree(lambda: read_gains(family.replay))
+            require_equal({"gains": gains}, self.device, self.group, "replayed gains")
+        controller = FeedbackController(
+            lambda step: config.family_level("feedback", step),
+            control.warmup_steps, control.ramp_steps, control.gain_max, control.trim_kp, control.trim_ki,
+            control.trim_max, config.statistics.ema_decay, gains,
+        )  # fmt: skip
+        return Feedback(controller, family is not None and family.permute)
+
     def _install_loss(self, model, engine) -> StabilityLoss | None:
-        chunked = self.config.resolved_loss_path == "chunked"
+        path = self.config.resolved_loss_path
+        ours = path != "stock"
         if model is None:
-            if chunked or self.config.active:
+            if ours or self.config.active:
                 raise StabilityConfigError(
                     f"{type(engine.module).__name__} does not compute its loss with transformers' ForCausalLMLoss, which a "
-                    "level above 0 acts through; train a transformers causal LM, or set stability.level to 0"
+                    "level above 0 and the governor act through; train a transformers causal LM, or set stability.level to 0"
                 )
             return None
-        stock = model.loss_function.stock if isinstance(model.loss_function, StabilityLoss) else model.loss_function
-        loss = StabilityLoss(model, stock, chunked, self.device, self.config.statistics.chunk_size)
+        stock = model.loss_function
+        if isinstance(stock, StabilityLoss):  # of an earlier engine
+            stock.release()
+            stock = stock.stock
+        loss = StabilityLoss(model, stock, ours, self.device, self.config.statistics.chunk_size)
         loss.rank = dist.get_rank(group=self.group)
-        loss.interleaved = chunked and engine.zero_optimization_stage() == 3
+        loss.interleaved = ours and engine.zero_optimization_stage() == 3
+        if path == "linear":
+            from ds_stability.fused_head import fuse_head  # imports transformers
+
+            fuse_head(model, loss, engine.module)
         model.loss_function = loss
         return loss
 
@@ -145,9 +175,33 @@ class Stability:
     def set_high_frequency(self, token_ids: list[int], vocab_size: int) -> None:
         """Measure the mass on `token_ids` (the high-frequency set) from now on; `vocab_size` is the width of the logits."""
         self.high_frequency_ids = token_ids
+        if self.loss.head is not None:  # a padded head is wider than the vocabulary of the config
+            vocab_size = max(vocab_size, self.loss.head.head.out_features)
         mask_V = torch.zeros(vocab_size, dtype=torch.float32, device=self.device)
         mask_V[torch.tensor(token_ids, dtype=torch.long, device=self.device)] = 1.0
         self.loss.high_frequency_V = mask_V
+
+    def set_held_out(self, sequences: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Give the governor the held-out sequences on which it measures; see `held_out.GovernorProbe.set`. Collective."""
+        if self.governor_probe is None:
+            raise StabilityConfigError('set_held_out is for stability.controller.mode "governor"; this block has none')
+        self.governor_probe.set(sequences)
+
+    def start_governor(self) -> None:
+        """Let a governor with `controller.start` "alarm" begin. Call it between two steps, on every rank in the same one."""
+        if self.governance is None:
+            raise StabilityConfigError('start_governor is for stability.controller.mode "governor"; this block has none')
+        self.governance.governor.start()
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether a governor waits for `set_held_out`."""
+        return self.governor_probe is not None and self.governor_probe.missing
+
+    def measure_held_out(self) -> None:
+        """Called at every training forward: the governor's measurement, where it is due."""
+        if self.governor_probe is not None and self.governor_probe.measure():
+            self.governance.prepare(self.applied_steps, self.loss)
 
     # ---- one optimizer step -------------------------------------------------------------------------------------
 
@@ -157,8 +211,26 @@ class Stability:
         if self.loss is None:
             return
         self.loss.measure = self.applied_steps % self.config.statistics.interval == 0
+        if self.preparation is not None:  # the last micro-batch's objective may hold reference logits
+            self.loss.base_objective = self.loss.objective = cross_entropy
         for stabilizer in self.stabilizers.values():
             stabilizer.prepare(self.applied_steps, self.loss)
+        self.own_text = self.preparation is not None and self.preparation.on_own_text(self.engine.global_steps)
+        self.loss.measure &= not self.own_text
+
+    def before_forward(self, inputs: dict) -> dict:
+        """The keyword arguments with which a training forward is to run; called with those that it was given."""
+        if self.alarm is not None:
+            self.alarm.watch(inputs)
+        if self.preparation is None:
+            return inputs
+        if self.own_text:
+            self.loss.setting = Setting()  # weights of 1
+        inputs, objective = self.preparation.prepare(self.engine, inputs, self.own_text)
+        self.loss.base_objective = objective
+        penalized = self.regularization is not None and not self.own_text
+        self.loss.objective = self.regularization.around(objective) if penalized else objective
+        return inputs
 
     def reduce(self) -> StepSums:
         """Pack this rank's sums, reduce them over all ranks, and start the accumulators anew."""
@@ -166,6 +238,8 @@ class Stability:
         if self.loss is not None:
             self.measured = self.loss.measure and self.loss.forwards > 0
             self.loss.require_used()
+            if self.own_text:
+                self.loss.train.reset()
             tokens = self.loss.train.vector()
             self.loss.train.reset()
         count = len(TOKEN_FIELDS)
@@ -177,7 +251,7 @@ class Stability:
         scale = self.gradients.loss_scale
         for tensors in self.gradients.tensors():
             if tensors:
-                values[0] += squared_norm(tensors).to(self.device) / (scale**2 * self.gradients.replicas)
+                values[0] += squared_norm(tensors).to(self.device, non_blocking=True) / (scale**2 * self.gradients.replicas)
         values[1:3] = self.hooks.mean_products(values)
         if self.noise is not None:
             self.noise.close()
@@ -215,6 +289,8 @@ class Stability:
             for stabilizer in self.stabilizers.values():
                 metrics.update(stabilizer.metrics())
                 stabilizer.update(sums)
+            if self.governance is not None and self.governance.warning and dist.get_rank() == 0:
+                logger.warning(self.governance.warning)
             self.measures.update(sums)
             self.applied_steps += 1
             self.skipped_in_a_row = 0
@@ -267,9 +343,7 @@ class Stability:
         """
         vector = self.loss.evaluation.vector()
         self.loss.evaluation.reset()
-        count = len(TOKEN_FIELDS)
-        padding = torch.zeros(len(STEP_FIELDS), dtype=torch.float64, device=self.device)
-        sums = reduce_step(torch.cat([vector[:count], padding, vector[count:]]), self.group)
+        sums = reduce_tokens(vector, self.group)
         metrics = token_metrics(sums, self.loss.high_frequency_V is not None)
         self.restart_clock()
         names = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
@@ -306,12 +380,7 @@ class Stability:
         """
         if state["version"] != STATE_VERSION:
             raise StabilityConfigError(f"stability state has version {state['version']}; this release reads {STATE_VERSION}")
-        old, new = _training_part(state["config"]), _training_part(self.config.to_dict())
-        if old != new:
-            raise StabilityConfigError(
-                f"the checkpoint was written with another stability block ({_difference(old, new)})"
-                "; resume with the same block (a level that changes over time is a schedule: [[step, level], ...])"
-            )
+        require_same_block(training_part(state["config"]), training_part(self.config.to_dict()))
         for name in ("applied_steps", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state[name])
         for name, part in self.stabilizers.items():
@@ -321,41 +390,3 @@ class Stability:
         if dist.get_rank(group=self.group) == 0:  # the sums are global already: one rank brings them in again
             self.meter.sums += torch.tensor(state["update_meter"], dtype=torch.float64, device=self.device)
         self._prepare()
-
-
-def causal_lm(module: torch.nn.Module):
-    """The transformers model below `module` (through PEFT) whose loss is ForCausalLMLoss, or None."""
-    from transformers import PreTrainedModel
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    peft = sys.modules.get("peft")  # a PEFT model cannot exist before peft was imported
-    if peft is not None and isinstance(module, peft.PeftModel):
-        module = module.get_base_model()
-    if not isinstance(module, PreTrainedModel) or not module.can_generate():
-        return None
-    function = module.loss_function
-    return module if function is ForCausalLMLoss or isinstance(function, StabilityLoss) else None
-
-
-def has_pretrained_weights(model) -> bool:
-    """Best guess for a missing warmup_steps: a model made by from_pretrained knows where its weights came from.
-
-    A fresh model whose config came from a folder or the hub looks the same: state controller.warmup_steps there.
-    """
-    return model is not None and bool(model.name_or_path) and not model.name_or_path.endswith(".json")
-
-
-def _training_part(block: dict) -> dict:
-    """The block without what only looks on: a run may be resumed with another probe."""
-    return {key: value for key, value in block.items() if key not in ("probe", "max_skipped_steps")}
-
-
-def _difference(old: dict, new: dict, path: str = "stability") -> str:
-    """The first key in which two blocks differ, as text."""
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict) and a != b:
-            return _difference(a, b, f"{path}.{key}")
-        if a != b:
-            return f"{path}.{key}: {a!r} there, {b!r} here"
-    return "no difference"

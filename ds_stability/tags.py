@@ -20,7 +20,7 @@ OPEN_PREFIXES = ("eval/", "probe/")
 
 TAGS: dict[str, Tag] = {
     "step": Tag("steps", "n", "engine", "optimizer steps since the start of the run, skipped ones included"),
-    "loss": Tag("nats", "sum(w/wbar * s) / D, plus regularization", "loss", "what is optimized; D is the stock loss's divisor"),
+    "loss": Tag("nats", "sum(w/wbar * (s - b H)) / D, plus regularization", "loss", "what is optimized; D is the stock loss's divisor, b the entropy bonus"),
     "cross_entropy": Tag("nats", "mean(s)", "loss", "plain, unweighted cross-entropy of the training batch"),
     "learning_rate": Tag("-", "of the first parameter group", "scheduler", "learning rate of this step"),
     "grad_norm": Tag("-", "|g|", "DeepSpeed", "global gradient norm, loss scale divided out, before any clipping"),
@@ -32,11 +32,19 @@ TAGS: dict[str, Tag] = {
     "stability/gain": Tag("-", "solve(ratio(gain) = target) + trim", "controller", "token weight is exp(-gain z); above 0 damps surprising tokens"),
     "stability/variance_ratio": Tag("-", "Var_w(s) / Var(s)", "statistics", "share of the variance of surprisal that is left in the training signal"),
     "stability/target_ratio": Tag("-", "1 - level", "controller", "what the controller steers the variance ratio to after warm-up"),
-    "stability/saturated": Tag("0/1", "no gain <= gain_max reaches the target", "controller", "1 when the level asked for is out of reach"),
+    "stability/saturated": Tag("0/1", "no gain <= gain_max reaches the target; governor: |output| = output_limit", "controller", "1 when the level, or the governor's set point, is out of reach"),
     "stability/trim": Tag("-", "kp e + ki sum(e), |trim| <= trim_max", "controller", "correction of the solved gain by the PI loop"),
     "stability/mu": Tag("nats", "EMA E[s]", "controller", "mean with which this step standardizes surprisal"),
     "stability/sigma": Tag("nats", "sqrt(EMA E[s^2] - mu^2)", "controller", "standard deviation with which this step standardizes surprisal"),
     "stability/mean_weight": Tag("-", "wbar = E[w] over the smoothed histogram", "controller", "predicted mean token weight, which the weights are divided by"),
+    # the governor, in place of level, target_ratio and trim
+    "stability/governor_statistic": Tag("nats or 0..1", "mean(H), mean(max p) or the high-frequency mass, unweighted", "governor", "the last measurement before this step, on the held-out probe or the training step; what the governor holds"),
+    "stability/governor_target": Tag("nats or 0..1", "the number, the untouched model's value, or the probe's cross-entropy", "governor", "where the set point ends"),
+    "stability/governor_setpoint": Tag("nats or 0..1", "from the value at the end of warm-up to the target in setpoint_ramp_steps", "governor", "set point in force in this step"),
+    "stability/governor_error": Tag("nats or 0..1", "set point - statistic", "governor", "what the governor works on, before the dead band"),
+    "stability/governor_output": Tag("-", "follows kp e + I by slew_rate, |output| <= output_limit", "governor", "above 0 spreads the distribution: gain = -output, or entropy bonus = output / 2"),
+    "stability/governor_integral": Tag("-", "I = ki sum(e), still at a limit", "governor", "integral part of the governor's output"),
+    "stability/entropy_bonus": Tag("-", "b in the objective s - b H", "governor", "coefficient of the entropy bonus; below 0 a penalty"),
     # the meter
     "stability/surprisal": Tag("nats", "mean(s)", "loss", "mean surprisal of the training tokens"),
     "stability/surprisal_variance": Tag("nats^2", "E[s^2] - E[s]^2", "statistics", "variance of surprisal"),
@@ -72,7 +80,15 @@ _PROBE = {
     "seq_rep_4": Tag("0..1", "mean over texts of 1 - distinct/all 4-grams", "probe; Welleck et al. 2020, arXiv 1908.04319", "repetition inside a text"),
     "distinct_2": Tag("0..1", "distinct/all bigrams, pooled, never across texts", "probe; Li et al. 2016, arXiv 1510.03055", "diversity over the prompts; compare at equal token counts only"),
     "high_frequency_share": Tag("0..1", "tokens in the high-frequency set / tokens", "probe", "natural text is at .5 by construction; specials excluded"),
+    "end_rate": Tag("0..1", "texts that ended by an end token / texts", "probe", "the others ran into max_new_tokens"),
 }  # fmt: skip
+_ALARMS = {
+    "eos_masked": "the end token is never a label",
+    "no_document_ends": "the training tokens hold no end token",
+    "padding_supervised": "far more end tokens among the labels than the text has",
+    "collapse": "the samples are too sure, too repetitive or too common",
+    "spread": "the samples are less certain than the reference text",
+}
 _EVALUATED = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
 _DECODINGS = {"sample": "pure sampling at temperature 1", "greedy": "greedy decoding"}
 
@@ -82,6 +98,10 @@ for _name in _EVALUATED:
 for _decoding, _words in _DECODINGS.items():
     for _name, _tag in _PROBE.items():
         TAGS[f"probe/{_decoding}/{_name}"] = _tag._replace(meaning=f"{_tag.meaning} ({_words})")
+for _name, _words in _ALARMS.items():
+    TAGS[f"alarm/{_name}"] = Tag("0/1", "decision table of alarm.py, with patience", "alarm", f"1 while the alarm holds: {_words}")
+TAGS["alarm/reference_cross_entropy"] = Tag("nats", "mean(s)", "alarm", "of the model on pieces of the reference text")
+TAGS["alarm/reference_entropy"] = Tag("nats", "mean(H)", "alarm", "predictive entropy of the model on the same pieces")
 
 
 def is_known(key: str) -> bool:

@@ -77,8 +77,8 @@ class ContinuousBackend:
         generation = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=decoding.sampled, **(warping if decoding.sampled else {}),
             eos_token_id=eos_ids or -1, pad_token_id=self.generator.pad_id)  # fmt: skip
-        batching = ContinuousBatchingConfig(seed=key_seed("\n".join(keys)) % 2**32, **_cache_size(prompts, max_new_tokens))
-        with _state_kept(model):
+        batching = ContinuousBatchingConfig(seed=key_seed("\n".join(keys)) % 2**32, **cache_size(prompts, max_new_tokens))
+        with state_kept(model):
             outputs = model.generate_batch([list(prompt) for prompt in prompts], generation, batching)
         texts = [output.generated_tokens for output in outputs.values() if output.error is None]
         if len(texts) == len(prompts) and all(texts):
@@ -88,7 +88,7 @@ class ContinuousBackend:
         return self.generator.generate_keyed(prompts, decoding, keys, max_new_tokens)
 
 
-def _cache_size(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[str, int]:
+def cache_size(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[str, int]:
     """Room for all texts; left alone, it takes most of the memory there is."""
     page = 32
     blocks = sum(-(-(len(prompt) + max_new_tokens) // page) + 1 for prompt in prompts)
@@ -97,7 +97,7 @@ def _cache_size(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[s
 
 
 @contextmanager
-def _state_kept(model: Any) -> Iterator[None]:
+def state_kept(model: Any) -> Iterator[None]:
     """Continuous batching seeds torch's global generators and may switch the attention: put both back."""
     attention, devices = model.config._attn_implementation, range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=list(devices)):

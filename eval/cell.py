@@ -13,21 +13,26 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ds_stability.atomic import write_atomic_parts
 from ds_stability.data.frequency import FILE_NAME
 from ds_stability.errors import UserError
 from ds_stability.run_dir import RunDir, sync_directory, utc_now, write_atomic, write_json_atomic
 from ds_stability.safe_read import parse_json, read_json
 
 from .records import Measured, Prompt
-from .work import Journal, Records, dump_line
+from .work import SAMPLES, Journal, dump_line
 
 CELL_VERSION = 1
-SAMPLES = "samples"  # name of the task whose records are the samples
+GROUP_ROWS = 2**16  # of items.parquet
 
 
 @dataclass(frozen=True)
@@ -247,15 +252,14 @@ class CellDir:
         if not self.identity.exists():
             write_json_atomic(self.identity, identity)
 
-    def write_records(self, records: Mapping[str, Records], decodings: Sequence[str]) -> None:
+    def write_records(self, records: Mapping[str, Iterable[dict[str, Any]]], decodings: Sequence[str]) -> None:
         """samples.jsonl by (decoding in the suite's order, prompt, sample); records/TASK.jsonl in the order of units."""
         order = {name: position for position, name in enumerate(decodings)}
         for name, rows in records.items():
-            path = self.path / "records" / f"{name}.jsonl"
             if name == SAMPLES:
-                path = self.samples
-                rows = sorted(rows, key=lambda row: (order[row["decoding"]], row["prompt"], row["sample"]))
-            write_atomic(path, "".join(map(dump_line, rows)))
+                write_sorted(self.samples, rows, lambda row: (order[row["decoding"]], row["prompt"], row["sample"]))
+            else:
+                write_atomic(self.path / "records" / f"{name}.jsonl", "".join(map(dump_line, rows)))
 
     def write_prompts(self, prompts: Iterable[Prompt]) -> None:
         """prompts.jsonl: what was continued, and how a human went on; samples refer to it by index."""
@@ -273,24 +277,61 @@ class CellDir:
         sync_directory(self.path)
 
 
-def write_items(path: Path, measured: Iterable[Measured]) -> None:
-    """items.parquet: what every figure is made of, a row a unit: metric, decoding, split, unit_id, total, count."""
-    import io
+def write_sorted(path: Path, rows: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], tuple[int, int, int]]) -> None:
+    """A line a row, by `key`: the lines are laid down as they come, then copied in order. Forty bytes of memory a row."""
+    places = array("q")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent) as unsorted:
+        for row in rows:
+            line = dump_line(row).encode("utf-8")
+            places.extend((*key(row), unsorted.tell(), len(line)))
+            unsorted.write(line)
+        columns = np.frombuffer(places, dtype=np.int64).reshape(-1, 5).T
 
+        def lines() -> Iterator[bytes]:
+            for place in np.lexsort(columns[2::-1]):
+                unsorted.seek(columns[3, place])
+                yield unsorted.read(columns[4, place])
+
+        write_atomic_parts(path, lines())
+
+
+def write_items(path: Path, measured: Iterable[Measured]) -> None:
+    """items.parquet: what every figure is made of, a row a unit: metric, decoding, split, unit_id, total, count.
+
+    A row group holds whole figures, GROUP_ROWS rows or a few more: memory does not grow with the number of figures.
+    """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    columns: dict[str, list] = {name: [] for name in ("metric", "decoding", "split", "unit_id", "total", "count")}
+    texts, numbers = ("metric", "decoding", "split", "unit_id"), ("total", "count")
+    schema = pa.schema([(name, pa.string()) for name in texts] + [(name, pa.float64()) for name in numbers])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        with parquet.ParquetWriter(file, schema) as writer:
+            for group in _groups(measured):
+                columns: dict[str, list] = {name: [] for name in (*texts, *numbers)}
+                for figure in group:
+                    size = len(figure.units)
+                    for name in texts[:3]:
+                        columns[name] += [getattr(figure, name)] * size
+                    columns["unit_id"] += map(str, figure.units)
+                    columns["total"] += figure.totals.tolist()
+                    columns["count"] += figure.counts.tolist()
+                writer.write_table(pa.table(columns, schema=schema))
+        file.seek(0)
+        write_atomic_parts(path, iter(lambda: file.read(2**20), b""))
+
+
+def _groups(measured: Iterable[Measured]) -> Iterator[list[Measured]]:
+    group: list[Measured] = []
     for figure in measured:
-        size = len(figure.units)
-        for name, values in (("metric", [figure.metric] * size), ("decoding", [figure.decoding] * size),
-                             ("split", [figure.split] * size), ("unit_id", map(str, figure.units)),
-                             ("total", figure.totals.tolist()), ("count", figure.counts.tolist())):  # fmt: skip
-            columns[name].extend(values)
-    schema = pa.schema([(name, pa.float64() if name in ("total", "count") else pa.string()) for name in columns])
-    buffer = io.BytesIO()
-    parquet.write_table(pa.table(columns, schema=schema), buffer)
-    write_atomic(path, buffer.getvalue())
+        group.append(figure)
+        if sum(len(one.units) for one in group) >= GROUP_ROWS:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import torch
 
 from ds_stability.errors import UserError
 
+from .truncated_draw import draw_truncated
+
 KINDS = ("greedy", "sample", "beam")
 CPU_ELEMENTS = 2**17  # of one pass on a CPU: what stays in its cache
 
@@ -154,6 +156,8 @@ def next_tokens(
     shifted_BV, exp_BV, finite_B1 = _shifted(logits_BV)
     if decoding.kind == "greedy":
         tokens_B1 = _first_largest(shifted_BV)
+    elif logits_BV.device.type == "cpu" and (decoding.top_k or decoding.top_p < 1):
+        tokens_B1 = _draw_row_by_row(shifted_BV, exp_BV, decoding, uniforms_B)
     else:
         tokens_B1 = _draw(_truncated(shifted_BV, exp_BV, decoding), uniforms_B.unsqueeze(-1))
     tokens_B1 = torch.where(finite_B1, tokens_B1, 0)
@@ -174,7 +178,9 @@ def _shifted(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     shifted_BV = logits_BV.to(torch.float64, copy=True)  # in place from here on: memory traffic is what this costs
     peak_B1 = shifted_BV.amax(dim=-1, keepdim=True)  # NaN if there is one
     finite_B1 = torch.isfinite(peak_B1)
-    shifted_BV.sub_(peak_B1).masked_fill_(~finite_B1, 0.0)
+    shifted_BV.sub_(peak_B1)
+    if shifted_BV.device.type != "cpu" or not finite_B1.all():  # to ask an accelerator costs more than to fill
+        shifted_BV.masked_fill_(~finite_B1, 0.0)
     return shifted_BV, shifted_BV.exp(), finite_B1
 
 
@@ -229,10 +235,18 @@ def _first_largest(values_BV: torch.Tensor) -> torch.Tensor:
 def _draw(weights_BV: torch.Tensor, uniforms_B1: torch.Tensor) -> torch.Tensor:
     """The token at each number: the first whose cumulative weight exceeds it; never one of weight 0. int64 [B, 1]."""
     cumulative_BV = prefix_sums(weights_BV)
-    last_B1 = cumulative_BV[:, -1:]
+    last_B1 = cumulative_BV[:, -1:].contiguous()
     tokens_B1 = torch.searchsorted(cumulative_BV, uniforms_B1 * last_B1, right=True)
     # A number just below 1 times the sum can round to the sum: then the last token of positive weight, not the last one.
-    return tokens_B1.minimum((cumulative_BV < last_B1).sum(dim=-1, keepdim=True))
+    return tokens_B1.minimum(torch.searchsorted(cumulative_BV, last_B1))
+
+
+def _draw_row_by_row(
+    shifted_BV: torch.Tensor, exp_BV: torch.Tensor, decoding: Decoding, uniforms_B: torch.Tensor
+) -> torch.Tensor:
+    rows = zip(shifted_BV.numpy(), exp_BV.numpy(), uniforms_B.tolist(), strict=True)
+    tokens = [draw_truncated(*row[:2], decoding.temperature, decoding.top_k, decoding.top_p, row[2]) for row in rows]
+    return torch.tensor(tokens, dtype=torch.int64).unsqueeze(-1)
 
 
 def prefix_sums(values_BV: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Texts from a model, batch by batch: what comes out depends on the batch alone, whoever runs it and whenever.
 
-The decoding loop is transformers' `generate`, which knows the caches, masks and positions of every architecture; what is ours
-is the choice of each token (decoding.py), the bookkeeping, and the cache's memory. Prompts are padded on the left. A text
+transformers' `generate` prepares the cache, and a model's own methods the masks and positions of each step, as they do for any
+architecture; what is ours is the loop around them, the choice of each token (decoding.py), and the cache's memory. Prompts are padded on the left. A text
 that has ended stays in its batch as padding, so that the shapes, and with them the last bits of the others, do not change.
 
 Shape suffixes: B texts of a batch, T positions, V vocabulary, N new tokens.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .decoding import Decoding, next_tokens, token_scores, uniform_numbers
 from .kv_cache import right_sized_cache
@@ -97,8 +97,7 @@ class Generator:
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=self._config(max_new_tokens),
-                logits_processor=LogitsProcessorList([picker]),
-                stopping_criteria=StoppingCriteriaList([AllEnded(picker)]),
+                custom_generate=picker.decode,
                 **({} if cache is None else {"past_key_values": cache}),
             )
         return picker.texts()
@@ -178,27 +177,51 @@ class Generator:
                          math.fsum(logprob_N.tolist()), len(output))  # fmt: skip
 
 
-class TokenPicker(LogitsProcessor):
-    """Chooses the next token of every text, leaves only that one to `generate`, and keeps what it saw."""
+class TokenPicker:
+    """Chooses the next token of every text, and keeps what it saw."""
 
     def __init__(self, decoding: Decoding, uniforms_BN: torch.Tensor | None, eos_ids: Sequence[int], pad_id: int):
         self.decoding, self.uniforms_BN, self.eos_ids, self.pad_id = decoding, uniforms_BN, eos_ids, pad_id
         self.steps: list[tuple[torch.Tensor, ...]] = []  # tokens_B, logprob_B, entropy_B, finite_B
         self.ended_B: torch.Tensor | None = None
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, model: Any, input_ids: torch.Tensor, generation_config: GenerationConfig, logits_processor: Any = None,
+        stopping_criteria: Any = None, **inputs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """The loop that `generate` runs (its argument custom_generate): as transformers' own, without a copy of the logits in
+        fp32 and a second search for their largest. Until all texts have ended, or the cap.
+
+        Args:
+            input_ids: [B, T], left-padded. inputs: what else the model's forward takes; `generate` prepares it.
+
+        Returns:
+            [B, T + N]
+        """
+        with model._optimize_model_for_decode():  # as transformers' loop does: how experts are computed
+            for step in range(generation_config.max_new_tokens):
+                length = None if step == 0 else 1
+                now = model.prepare_inputs_for_generation(input_ids, next_sequence_length=length, is_first_iteration=step == 0, **inputs)
+                outputs = model(**now, return_dict=True)
+                inputs = model._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=model.config.is_encoder_decoder)
+                tokens_B = self.pick(outputs.logits[:, -1]).to(input_ids.device)
+                del outputs  # the prompts' logits may be large
+                input_ids = torch.cat([input_ids, tokens_B.unsqueeze(1)], dim=1)
+                if self.ended_B.all():
+                    break
+        return input_ids
+
+    def pick(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Tokens of the next step [B]; of a text that has ended, padding."""
         if self.ended_B is None:
-            self.ended_B = torch.zeros(scores.shape[0], dtype=torch.bool, device=scores.device)
-            self.end_ids = torch.tensor(self.eos_ids, dtype=torch.int64, device=scores.device)
-            self.choice_BV = torch.zeros_like(scores)
-        uniforms_B = None if self.uniforms_BN is None else self.uniforms_BN[:, len(self.steps)].to(scores.device)
-        tokens_B, logprob_B, entropy_B, finite_B = next_tokens(scores, self.decoding, uniforms_B)
+            self.ended_B = torch.zeros(logits_BV.shape[0], dtype=torch.bool, device=logits_BV.device)
+            self.end_ids = torch.tensor(self.eos_ids, dtype=torch.int64, device=logits_BV.device)
+        uniforms_B = None if self.uniforms_BN is None else self.uniforms_BN[:, len(self.steps)].to(logits_BV.device)
+        tokens_B, logprob_B, entropy_B, finite_B = next_tokens(logits_BV, self.decoding, uniforms_B)
         tokens_B = torch.where(self.ended_B, self.pad_id, tokens_B)
         self.ended_B = self.ended_B | ~finite_B | torch.isin(tokens_B, self.end_ids)
-        if self.steps:  # the largest of this row is what generate() takes; one tensor serves all steps
-            self.choice_BV.scatter_(1, self.steps[-1][0].unsqueeze(1), 0.0)
         self.steps.append((tokens_B, logprob_B, entropy_B, finite_B))
-        return self.choice_BV.scatter_(1, tokens_B.unsqueeze(1), 1.0)
+        return tokens_B
 
     def texts(self) -> list[Generated]:
         columns = [torch.stack(column, dim=1).tolist() for column in zip(*self.steps, strict=True)]
@@ -212,16 +235,6 @@ class TokenPicker(LogitsProcessor):
         scored = len(tokens) if end is None else end + 1
         return Generated(tokens[:end], "length" if end is None else "eos", math.fsum(entropies[:scored]),
                          math.fsum(logprobs[:scored]), scored)  # fmt: skip
-
-
-class AllEnded(StoppingCriteria):
-    """Tells `generate` which texts have ended; it stops when all have."""
-
-    def __init__(self, picker: TokenPicker):
-        self.picker = picker
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return self.picker.ended_B
 
 
 class DeadBeams(LogitsProcessor):

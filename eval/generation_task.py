@@ -4,7 +4,8 @@ A unit is one batch of one decoding. Its rows, sorted by the length of the promp
 suite alone, so that any rank makes the same bytes of it, in any order, in one go or after a kill.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -115,12 +116,12 @@ class GenerationTask:
             scored_tokens=text.scored_tokens,
         )
 
-    def measure(self, records: Sequence[dict[str, Any]], scratch: Path) -> list[Measured]:
+    def measure(self, records: Iterable[dict[str, Any]], scratch: Path) -> list[Measured]:
         """The metrics of every decoding, in the order of the suite; the texts of one prompt are one unit."""
-        return samples_measured([Sample.from_dict(record) for record in records], self.context, self.metrics)
+        return samples_measured([Sample.compact(record) for record in records], self.context, self.metrics)
 
 
 def _check_unique(what: str, values: list[Any]) -> None:
-    for value in values:
-        if values.count(value) > 1:
+    for value, count in Counter(values).items():
+        if count > 1:
             raise UserError(f"{what}: {value!r} is given twice; remove one")

@@ -187,7 +187,10 @@ def _read_items(path: Path, rows: dict[Key, dict[str, Any]]) -> dict[Key, Measur
         frame = pd.read_parquet(path, columns=list(ITEM_COLUMNS))
     except Exception as error:  # pyarrow has errors of its own for each way in which a file can be broken
         raise _Broken(f"items.parquet: cannot be read ({' '.join(str(error).split())[:120]})") from None
-    texts = all(frame[name].map(lambda value: isinstance(value, str) or pd.isna(value)).all() for name in ("metric", "decoding", "split"))
+    try:
+        texts = all(isinstance(value, str) or pd.isna(value) for name in ("metric", "decoding", "split") for value in frame[name].unique())
+    except (TypeError, ValueError):  # lists and the like
+        texts = False
     if not texts or not all(pd.api.types.is_numeric_dtype(frame[name]) for name in ("total", "count")):
         raise _Broken("items.parquet: cannot be read (columns of another kind)")
     names = [frame[name].astype(object).where(frame[name].notna(), None).to_numpy() for name in ("metric", "decoding", "split")]

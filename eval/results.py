@@ -1,23 +1,25 @@
 """From the records of a cell's tasks to its figures: every metric, the human continuations, and the memorization gap."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .records import Measured, Prompt, Sample, ScoringContext, Task, jackknife_units
 from .suite import REFERENCE, Suite
-from .work import Records
+from .work import SAMPLES
 
 SCORES_VERSION = 2  # raised whenever a figure of the same records changes: old cells then do not pass for new ones
 GAP = "memorization_gap"
 
 
-def all_measured(tasks: Sequence[Task], records: Mapping[str, Records], scratch: Path, context: ScoringContext,
+def all_measured(tasks: Sequence[Task], records: Mapping[str, Iterable[dict[str, Any]]], scratch: Path, context: ScoringContext,
                  prompts: Sequence[Prompt], suite: Suite) -> list[Measured]:  # fmt: skip
     """The figures of all tasks, in order; then those of the human continuations, and the memorization gap."""
     measured: list[Measured] = []
     for task in tasks:
-        measured += task.measure(records[task.name], scratch / task.name)
+        rows = records[task.name]
+        # The samples are as many as one asks for; the records of other tasks are few, and may be gone through as a list.
+        measured += task.measure(rows if task.name == SAMPLES else list(rows), scratch / task.name)
     measured += samples_measured(reference_samples(prompts, suite.max_new_tokens), context, suite.metrics)
     gap = memorization_gap(measured)
     return measured if gap is None else [*measured, gap]

@@ -5,15 +5,16 @@ its own, a line a unit. What a unit holds depends on the suite only: a run that 
 ranks, and its results are the same bytes. The last line of a killed rank's file may be torn; it is done again.
 """
 
+import contextlib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_stability.errors import UserError
 from ds_stability.safe_read import parse_json
@@ -23,9 +24,32 @@ from .records import Task
 
 Records = list[dict[str, Any]]
 Key = tuple[str, str]  # (task, unit)
+SAMPLES = "samples"  # name of the task whose records are the samples
 LINE_SECONDS = 15.0
 TTY_SECONDS = 0.5
 _FILE_NAME = re.compile(r"rank-(\d+)-(\d+)\.jsonl")
+
+
+class Place(NamedTuple):
+    """Bytes of a journal file."""
+
+    path: Path
+    start: int
+    size: int
+
+
+class UnitRecords(Iterable[dict[str, Any]]):
+    """The records of some units, in order, read from the journal each time they are gone through, a unit at a time."""
+
+    def __init__(self, places: Sequence[Place]):
+        self.places = places
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with contextlib.ExitStack() as stack:
+            files = {path: stack.enter_context(path.open("rb")) for path in dict.fromkeys(place.path for place in self.places)}
+            for path, start, size in self.places:
+                files[path].seek(start)
+                yield from _unit(parse_json(files[path].read(size)))[1]
 
 
 class Journal:
@@ -61,6 +85,14 @@ class Journal:
                 done.setdefault(key, records)
         return done
 
+    def places(self) -> dict[Key, Place]:
+        """Where each unit stands, the first of two; UserError as in `read`. A hundred bytes a unit, whatever it holds."""
+        found: dict[Key, Place] = {}
+        for path in self.files():
+            for key, _, start, size in _units(path):
+                found.setdefault(key, Place(path, start, size))
+        return found
+
     def open(self, rank: int, attempt: int) -> "JournalWriter":
         self.folder.mkdir(parents=True, exist_ok=True)
         return JournalWriter(self.path(rank, attempt))
@@ -92,15 +124,22 @@ def dump_line(value: Any) -> str:
 
 def read_journal(path: Path) -> list[tuple[Key, Records]]:
     """The units in a journal file. A last line without its end was cut off with its process, and is left out."""
-    lines = path.read_bytes().split(b"\n")
-    units = []
-    for number, line in enumerate(lines[:-1], 1):  # what stands after the last line break is empty, or torn
-        try:
-            units.append(_unit(parse_json(line)))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} line {number}: is no line of a journal; remove the line, and its unit is done "
-                            "again") from None  # fmt: skip
-    return units
+    return [(key, records) for key, records, _, _ in _units(path)]
+
+
+def _units(path: Path) -> Iterator[tuple[Key, Records, int, int]]:
+    """Each unit, with the first byte of its line and the number of them; one at a time in memory."""
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield *_unit(parse_json(line)), start, len(line)
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path} line {number}: is no line of a journal; remove the line, and its unit is done "
+                                "again") from None  # fmt: skip
+            start += len(line)
 
 
 def _unit(row: Any) -> tuple[Key, Records]:
@@ -174,7 +213,7 @@ def run_units(tasks: Sequence[Task], journal: Journal, scratch: Path, ranks: Ran
         OtherRankFailed: another rank's unit failed. What this rank's own unit raised comes as it is.
     """
     def plan() -> tuple[list[Key], int, int]:
-        units, done = all_units(tasks), journal.read()
+        units, done = all_units(tasks), journal.places()
         return [unit for unit in units if unit not in done], len(units), journal.next_attempt()
 
     pending, total, attempt = ranks.from_first(plan)
@@ -203,14 +242,14 @@ def _scratch(scratch: Path, name: str) -> Path:
     return folder
 
 
-def merged(tasks: Sequence[Task], journal: Journal) -> dict[str, Records]:
-    """The records of each task, in the order of its units, whoever did them and when.
+def merged(tasks: Sequence[Task], journal: Journal) -> dict[str, UnitRecords]:
+    """The records of each task, in the order of its units, whoever did them and when; they stay on the disk.
 
     Raises:
         RuntimeError: a unit is missing, which `run_units` would have done.
     """
-    done = journal.read()
+    done = journal.places()
     missing = [unit for unit in all_units(tasks) if unit not in done]
     if missing:
         raise RuntimeError(f"{len(missing)} units were not done, the first is {missing[0]}")
-    return {task.name: [record for unit in task.units() for record in done[task.name, unit]] for task in tasks}
+    return {task.name: UnitRecords([done[task.name, unit] for unit in task.units()]) for task in tasks}

@@ -22,6 +22,7 @@ from ds_stability.data import DataSpec
 from ds_stability.data.tokenizer import MIN_BPE_VOCABULARY
 from ds_stability.deepspeed_config import load_ds_config, section
 from ds_stability.errors import UserError
+from ds_stability.objectives.config import parse_objective_flag
 from ds_stability.run_dir import RunDir, check_output_dir
 from ds_stability.safe_read import read_yaml
 from ds_stability.schedule import parse_level_flag
@@ -83,8 +84,15 @@ class StabilityArguments:
     stability_level: str | None = field(
         default=None, metadata={"help": "level 0..1, or a schedule 0:0,200:0.5 over steps; replaces the block's level"}
     )
+    stability_target: str | None = field(
+        default=None,
+        metadata={"help": "initial, data or a number: the governor's set point; turns the governor on in place of a level"},
+    )
     stability_loss_path: str | None = field(
-        default=None, metadata={"help": "stock or chunked: the loss path, where a level-0 run is to match chunked ones"}
+        default=None, metadata={"help": "stock, chunked or linear: the loss path; linear makes a level-0 run match those above 0"}
+    )
+    stability_objective: str | None = field(
+        default=None, metadata={"help": "what is optimized: a name such as gem, or JSON such as {\"name\": \"focal\", \"gamma\": 1}"}
     )
     high_frequency_file: str | None = field(
         default=None, metadata={"help": "high_frequency.json of another run, used as this run's high-frequency set"}
@@ -146,7 +154,7 @@ def parse_command(argv: list[str]) -> Command:
     stability = stability.resolve(pretrained=model.model_name_or_path is not None)
     _follow_ds_config(training, ds_config, given | recipe.keys())
     _check_training(training)
-    if stability.resolved_loss_path == "chunked":
+    if stability.resolved_loss_path != "stock":
         _check_loss_flags(training)
     spec = _data_spec(data)
     spec.check()
@@ -154,6 +162,10 @@ def parse_command(argv: list[str]) -> Command:
     if not held_out and str(training["eval_strategy"]) not in ("no", "IntervalStrategy.NO"):
         raise UserError(f"--eval_strategy {training['eval_strategy']} needs held-out data; give --validation_file or a "
                         "--validation_split_percentage above 0, or leave it out")
+    if stability.controller.needs_probe and not held_out:
+        raise UserError(f"the governor (stability.controller.target {stability.controller.target}, probe_interval "
+                        f"{stability.controller.probe_interval}) measures on held-out text; give --validation_file or a "
+                        "--validation_split_percentage above 0")  # fmt: skip
     if data.streaming and training["max_steps"] <= 0:
         raise UserError("--streaming has no known length: give --max_steps, the number of optimizer steps to train")
     if data.block_size < 2:
@@ -233,11 +245,18 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     if not training["deepspeed"]:
         raise UserError("--deepspeed is not given; give a DeepSpeed config, for example ds_configs/zero3_bf16.json")
     ds_config, stability = split_config(load_ds_config(training["deepspeed"]))
+    if flags.stability_level is not None and flags.stability_target is not None:
+        raise UserError(f"--stability_level {flags.stability_level} and --stability_target {flags.stability_target} exclude each "
+                        "other: a level concentrates the model, the governor holds it where it is; give one")  # fmt: skip
+    if flags.stability_target is not None:
+        stability = stability.with_target(flags.stability_target)
     if flags.stability_level is not None:
         stability = stability.with_level(parse_level_flag(flags.stability_level), "--stability_level")
     block = stability.to_dict()
     if flags.stability_loss_path is not None:
         block["loss_path"] = flags.stability_loss_path
+    if flags.stability_objective is not None:
+        block["objective"] = parse_objective_flag(flags.stability_objective)
     if flags.high_frequency_file is not None:
         block["statistics"]["high_frequency_file"] = flags.high_frequency_file
     stability = StabilityConfig.parse(block)
@@ -250,6 +269,9 @@ def _load_block(training: dict[str, Any], flags: StabilityArguments) -> tuple[di
     file = stability.statistics.high_frequency_file
     if file is not None and not os.path.isfile(file):
         raise UserError(f"--high_frequency_file {file}: no such file")
+    reference = stability.alarm.reference_file
+    if stability.alarm.action != "off" and reference is not None and not os.path.isfile(reference):
+        raise UserError(f"stability.alarm.reference_file {reference}: no such file")
     feedback = stability.families.get("feedback")
     if feedback is not None and feedback.replay is not None:
         read_gains(feedback.replay)
@@ -293,7 +315,7 @@ def _check_loss_flags(training: dict[str, Any]) -> None:
     for flag in ("label_smoothing_factor", "use_liger_kernel"):
         if training[flag]:
             raise UserError(f"--{flag} {training[flag]} takes the loss away from the model, where the stability level acts; "
-                            "leave it out (smoothing: stability.stabilizers.regularization.kind label_smoothing)")  # fmt: skip
+                            "leave it out (smoothing: stability.objective label_smoothing)")  # fmt: skip
 
 
 def _data_spec(data: DataArguments) -> DataSpec:

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainerCallback
@@ -15,10 +16,13 @@ from transformers.trainer_utils import SaveStrategy
 
 from ds_stability import engine_of
 from ds_stability.checkpoint_files import remove_remains
-from ds_stability.console import agree
+from ds_stability.console import agree, global_rank
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
+from ds_stability.data.overlap import overlapping_share
+from ds_stability.data.packing import IGNORE, PaddedBlocks
 from ds_stability.data.tokenizer import tokenizer_hash
-from ds_stability.errors import StoppedError, UserError
+from ds_stability.errors import AlarmStoppedError, StoppedError, UserError
+from ds_stability.integrations.alarm import Alarm, blocks_of_file
 from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
 from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
 from ds_stability.launchers.world_size import require_same_batch
@@ -135,8 +139,26 @@ def _hosts() -> list[str]:
     ]
 
 
+def governor_sequences(blocks: Any, count: int) -> list[dict[str, Any]]:
+    """`count` held-out blocks for the governor, evenly spaced: the first ones may all come from one file."""
+    blocks = blocks.blocks if isinstance(blocks, PaddedBlocks) else blocks
+    places = np.unique(np.linspace(0, len(blocks) - 1, min(count, len(blocks))).round().astype(int))
+    return [blocks[int(place)] for place in places]
+
+
+def warn_of_overlap(command: Command, train_data: Any, eval_data: Any) -> None:
+    """Say on rank 0 when what the governor measures on is trained on as well. A stream is not looked into."""
+    if not command.stability.controller.needs_probe or command.data.streaming or global_rank() != 0:
+        return
+    sequences = governor_sequences(eval_data, command.stability.controller.probe_size)
+    share = overlapping_share(sequences, (train_data[index] for index in range(len(train_data))))
+    if share > 0:
+        print(f"warning: {share:.0%} of the governor's held-out sequences stand in the training data as well; a model is "
+              "calibrated there on what it has memorized: give other text as --validation_file", flush=True)  # fmt: skip
+
+
 class RunCallback(TrainerCallback):
-    """Gives the engine the high-frequency set and the probe, and asks for the last evaluation.
+    """Gives the engine the high-frequency set, what the governor measures on, and the probe, and asks for the last evaluation.
 
     Args:
         blocks: where prompts are cut from, if the block names no prompts_file.
@@ -156,23 +178,42 @@ class RunCallback(TrainerCallback):
         # Groups that DeepSpeed makes have torch's default of 30 minutes, whatever the first one was given.
         _set_pg_timeout(timedelta(seconds=args.ddp_timeout), engine.seq_data_parallel_group)
         engine.stability.set_high_frequency(list(self.frequent.token_ids), self.frequent.vocab_size)
+        if engine.stability.needs_held_out:
+            sequences = agree(lambda: governor_sequences(self.blocks, self.command.stability.controller.probe_size))
+            engine.stability.set_held_out(sequences)
         config = self.command.stability.probe
         if config.interval > 0:
             prompts = agree(lambda: self._prompts(config))
             engine.stability.probe = agree(lambda: Probe(engine, self.tokenizer, config, self.frequent.token_ids, self.run,
                                                          prompts, seed=args.seed))  # fmt: skip
+            if self.command.stability.alarm.action != "off":
+                engine.stability.alarm = agree(lambda: self._alarm(engine.stability.probe))
+
+    def _alarm(self, probe: Probe) -> Alarm:
+        path, size = self.command.stability.alarm.reference_file, self.command.data.block_size
+        if path is not None:
+            return Alarm(probe, blocks_of_file(path, self.tokenizer, size), self._prompt_length())
+        texts = (block["input_ids"].tolist() for block in self.blocks if (block["labels"] != IGNORE).any())
+        return Alarm(probe, texts, self._prompt_length())
+
+    def _prompt_length(self) -> int:
+        return max(1, min(PROMPT_TOKENS, self.command.data.block_size // 2))
 
     def _prompts(self, config) -> list[list[int]]:
         if config.prompts_file is not None:
             return prompts_from_file(config.prompts_file, self.tokenizer, config.num_prompts)
-        length = max(1, min(PROMPT_TOKENS, self.command.data.block_size // 2))
         blocks = (block["input_ids"].tolist() for block in self.blocks)
-        return prompts_from_blocks(blocks, config.num_prompts, length)
+        return prompts_from_blocks(blocks, config.num_prompts, self._prompt_length())
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the alarm ends the run."""
+        return self.engine.stability.alarm is not None and self.engine.stability.alarm.stop
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             control.should_evaluate |= self.evaluate_last  # the last step's line holds the final held-out figures
-        elif self.engine.stability.stop_requested:
+        elif self.engine.stability.stop_requested or self.alarmed:
             self.stopped = control.should_save = control.should_training_stop = True
             if args.save_strategy == SaveStrategy.BEST:
                 control.should_evaluate = False  # Trainer would take back the wish to save
@@ -183,7 +224,7 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.stopped:
-            self.signals.exit_code = StoppedError.exit_code
+            self.signals.exit_code = (AlarmStoppedError if self.alarmed else StoppedError).exit_code
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.evaluated_at = state.global_step

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ds_stability.errors import UserError
+from ds_stability.errors import AlarmStoppedError, UserError
 from ds_stability.launchers.locks import TRAIN_LOCK, is_locked
 from ds_stability.launchers.prepare import makes_tokenizer, prepare
 from ds_stability.launchers.sweep_check import check_cells
@@ -155,8 +155,8 @@ class Sweep:
             # A lost rank, a full disk or a signal says nothing about the checkpoint.
             if code == 1 and step is not None and self.folder.checkpoint_to_resume(cell) == step:
                 self.folder.set_aside(cell)  # it may be the checkpoint that is damaged
-            # A mistake in what was given stays one, however often it is tried.
-            self.fail(cell, f"failed with exit code {code}", log, for_good=code == UserError.exit_code)
+            # A mistake in what was given stays one, however often it is tried, and so does a collapse.
+            self.fail(cell, f"failed with exit code {code}", log, for_good=code in (UserError.exit_code, AlarmStoppedError.exit_code))
 
     def _words(self, cell: Cell, resume: bool) -> list[str]:
         """The command line of a cell; writes its DeepSpeed config."""

@@ -182,13 +182,19 @@ def run_script(hosts: Hosts, script: Path, words: Sequence[str], log: Path,
 def _wait(process: subprocess.Popen, watch: Callable[[], bool]) -> bool:
     """Whether the process ended by itself."""
     finished_at = None
-    while not has_ended(process):
-        time.sleep(POLL_SECONDS)
+    while not _ends_within(process, POLL_SECONDS):
         if watch():
             finished_at = finished_at or time.monotonic()
             if time.monotonic() - finished_at > TEARDOWN_SECONDS:
                 return False
     return True
+
+
+def _ends_within(process: subprocess.Popen, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (ended := has_ended(process)) and time.monotonic() < deadline:
+        time.sleep(0.02)  # the next cell waits for this one's end
+    return ended
 
 
 def has_ended(process: subprocess.Popen) -> bool:

@@ -67,6 +67,7 @@ DEFAULT_SEED = 42  # transformers.TrainingArguments
 HASH_DIGITS = 8
 NEXT = "next"
 _REFERENCE = re.compile(r"\{cell:([^{}]*)\}")
+from ds_stability.objectives.config import parse_objective_flag
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,8 @@ class _Planner:
             if key == "stability_level" and isinstance(value, str):
                 level = parse_level_flag(value)
                 value = level if isinstance(level, float) else [list(point) for point in level]
+            if BLOCK_FLAGS.get(key, key) == "stability.objective" and isinstance(value, str):
+                value = parse_objective_flag(value)
             items = flatten("stability", value) if key == "stability" else {BLOCK_FLAGS.get(key, key): value}
             for name, item in items.items():
                 if name in values:

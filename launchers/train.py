@@ -5,12 +5,14 @@
 
 Flags are those of transformers.TrainingArguments, the model and data flags of launchers/arguments.py, and
 --stability_level. `--config recipe.yaml` gives defaults for any flag. The level lives in the "stability" block of the
-DeepSpeed config; the flag replaces it. On a machine without GPUs set DS_ACCELERATOR=cpu.
+DeepSpeed config; the flag replaces it. --stability_target initial holds the model's diversity instead
+(docs/governor.md). On a machine without GPUs set DS_ACCELERATOR=cpu.
 
 Writes OUTPUT_DIR/{manifest.json, metrics.jsonl, tensorboard/, samples/, checkpoint-N/, high_frequency.json, final/, DONE}.
 Success is the file DONE. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 3 too many steps in a
-row had numbers that were not finite, 69 another rank or host was lost, 74 the file system failed, 75 stopped by SIGTERM or
-SIGUSR1 with a checkpoint saved. After the last three, start again with --resume_from_checkpoint auto.
+row had numbers that were not finite, 4 stopped by the alarm with a checkpoint saved, 69 another rank or host was lost,
+74 the file system failed, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved. After the last three, start again with
+--resume_from_checkpoint auto.
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ from ds_stability import engine_of  # noqa: E402
 from ds_stability.data import load_blocks  # noqa: E402
 from ds_stability.data.frequency import FILE_NAME  # noqa: E402
 from ds_stability.data.packing import IGNORE, pad_to_multiple  # noqa: E402
-from ds_stability.errors import StoppedError, UserError  # noqa: E402
+from ds_stability.errors import AlarmStoppedError, StoppedError, UserError  # noqa: E402
 from ds_stability.export import check_exportable, export_model  # noqa: E402
 from ds_stability.failures import cluster_failures, gather_hosts  # noqa: E402
 from ds_stability.gathered import base_model  # noqa: E402
@@ -50,6 +52,7 @@ from ds_stability.launchers.setup_run import (  # noqa: E402
     run_identity,
     settings_identity,
     start_run,
+    warn_of_overlap,
 )
 from ds_stability.launchers.world_size import LoadedOnce, check_flags, convert_checkpoint, world_has_changed  # noqa: E402
 from ds_stability.preemption import StopSignals  # noqa: E402
@@ -150,7 +153,10 @@ def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokeni
         trainer.evaluate()  # a run that was resumed after its last step
     engine = engine_of(trainer.model)
     base_model(engine.module).config.get_text_config().use_cache = keeps_cache  # off while documents were packed
-    card = {"level": engine.stability.config.to_dict()["level"], "steps": trainer.state.global_step}
+    block = engine.stability.config.to_dict()
+    card = {"level": block["level"], "steps": trainer.state.global_step}
+    if engine.stability.config.governed:
+        card["governor"] = {key: block["controller"][key] for key in ("statistic", "target", "actuator")}
     export_model(engine, tokenizer, run.final, card, run.path / FILE_NAME)
     if engine.stability.recorder is not None:
         engine.stability.recorder.close()
@@ -192,7 +198,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     """The run, within the process group: data, model, training, export.
 
     Raises:
-        StoppedError: a signal stopped it; a checkpoint of the last step is saved.
+        StoppedError: a signal or the alarm stopped it; a checkpoint of the last step is saved.
     """
     keeps_cache = config.get_text_config().use_cache
     command = dataclasses.replace(command, resume=checkpoint_to_load(command))
@@ -211,6 +217,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     model = agree(lambda: build_model(command, config, tokenizer, args))
     check_exportable(model)
     enable()
+    agree(lambda: warn_of_overlap(command, train_data, eval_data))
     if eval_data is not None:
         eval_data = pad_to_multiple(eval_data, args.world_size * args.per_device_eval_batch_size)
     callback = RunCallback(command, run, tokenizer, train_data if eval_data is None else eval_data, frequent,
@@ -225,6 +232,10 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         checkpoint = os.fspath(convert_checkpoint(command))
         trainer.add_callback(LoadedOnce(checkpoint))
     trainer.train(resume_from_checkpoint=checkpoint)
+    if callback.stopped and callback.alarmed:
+        alarm = engine_of(trainer.model).stability.alarm
+        raise AlarmStoppedError(f"by the alarm at {alarm.said}; step {trainer.state.global_step} is saved in "
+                                f"{run.checkpoint(trainer.state.global_step)}")  # fmt: skip
     if callback.stopped:
         raise StoppedError(f"by {signals.received or 'a signal to another rank'} after step {trainer.state.global_step}, which is "
                            f"saved in {run.checkpoint(trainer.state.global_step)}; --resume_from_checkpoint auto goes on from it")

@@ -5,7 +5,7 @@ adds a callback to transformers' defaults that writes metrics.jsonl and TensorBo
 all of it. Engines without an optimizer (a reference model, an evaluation before training) stay as DeepSpeed made them.
 
 TRL's SFTTrainer computes its loss from a fused head that never builds logits (trl/trainer/sft_trainer.py, 1.16,
-`compute_loss`). At level 0 it is left alone, and token statistics are null. Above level 0 (or with `loss_path` "chunked")
+`compute_loss`). At level 0 it is left alone, and token statistics are null. Above level 0 (or with `loss_path` "linear" or "chunked")
 its loss goes through transformers' `Trainer.compute_loss`: the same sum over token losses with the same divisor; TRL's own
 figures (entropy, mean_token_accuracy, num_tokens) are then not computed. So it is in evaluation too: ZeRO-3 prefetches
 weights as training used them, and TRL's fused head, which gathers its weight by itself, meets it in flight.
@@ -14,7 +14,9 @@ weights as training used them, and TRL's fused head, which gathers its weight by
 import functools
 import logging
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import deepspeed
 import transformers
@@ -25,12 +27,14 @@ from ds_stability.config import split_config
 from ds_stability.console import agree
 from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import StabilityConfigError
+from ds_stability.integrations.alarm import alarm_from_file
 from ds_stability.probe import Probe, prompts_from_file
 from ds_stability.recorder import Recorder
 from ds_stability.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 _undo: list[Callable[[], None]] = []
+_training: list[weakref.ref] = []  # the trainer that trains now: callbacks are not told
 _rerouted: set[type] = set()  # trainer classes whose compute_loss is ours
 
 
@@ -47,12 +51,48 @@ def enable() -> None:
     callbacks = transformers.trainer.DEFAULT_CALLBACKS
     callbacks.append(StabilityCallback)
     _undo.append(lambda: callbacks.remove(StabilityCallback))
+    train = transformers.Trainer.train
+    transformers.Trainer.train = _remembered(train)
+    _undo.append(lambda: setattr(transformers.Trainer, "train", train))
 
 
 def disable() -> None:
     """Undo `enable`. Engines that were built in between stay as they are."""
     while _undo:
         _undo.pop()()
+
+
+def _remembered(train: Callable) -> Callable:
+    """`Trainer.train` during which the trainer is known to the callback, whose governor measures on its eval_dataset."""
+
+    @functools.wraps(train)
+    def wrapped(self, *args, **kwargs):
+        _training.append(weakref.ref(self))
+        try:
+            return train(self, *args, **kwargs)
+        finally:
+            _training.pop()
+
+    return wrapped
+
+
+def _held_out(count: int) -> Iterator[dict]:
+    """The first `count` rows of the trainer's eval_dataset, each through its data collator; on every rank alike.
+
+    Raises:
+        StabilityConfigError: there is none.
+    """
+    trainer = _training[-1]() if _training else None
+    rows = trainer.eval_dataset if trainer is not None else None
+    if isinstance(rows, dict):
+        rows = next(iter(rows.values()), None)
+    if rows is None:
+        raise StabilityConfigError(
+            "the governor (stability.controller) measures on held-out text, and the trainer has no eval_dataset; give it one, or "
+            "give a number as the target and set stability.controller.probe_interval to 0"
+        )
+    for row in islice(iter(rows), count):
+        yield trainer.data_collator([row])
 
 
 def _initialize(*args, **kwargs):
@@ -77,7 +117,7 @@ def _reroute_sft() -> None:
 
 
 def _through_the_model(original: Callable) -> Callable:
-    """`SFTTrainer.compute_loss` that is transformers' own for an engine with the chunked stability loss, else TRL's."""
+    """`SFTTrainer.compute_loss` that is transformers' own for an engine with our loss, else TRL's."""
 
     @functools.wraps(original)
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -102,7 +142,7 @@ def _through_the_model(original: Callable) -> Callable:
 
 
 def _check_loss(args: transformers.TrainingArguments) -> None:
-    """Refuse flags that take the loss away from the model; only where the chunked loss is to train.
+    """Refuse flags that take the loss away from the model; only where our loss is to train.
 
     Raises:
         StabilityConfigError: on every rank.
@@ -134,7 +174,7 @@ class StabilityCallback(TrainerCallback):
         """What is wrong in the block or the flags is said before anything is loaded or patched."""
         if args.deepspeed:
             config = split_config(load_ds_config(args.deepspeed))[1]
-            if config.resolved_loss_path == "chunked":
+            if config.resolved_loss_path != "stock":
                 _check_loss(args)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -153,13 +193,21 @@ class StabilityCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, processing_class=None, **kwargs):
         stability = self.engine.stability if self.engine is not None else None
+        if stability is not None and stability.needs_held_out:
+            stability.set_held_out(agree(lambda: list(_held_out(stability.config.controller.probe_size))))
         if stability is not None and stability.probe is None and stability.config.probe.interval > 0:
             stability.probe = agree(lambda: _make_probe(self.engine, processing_class, args))
+            if stability.config.alarm.action != "off":
+                stability.alarm = agree(lambda: alarm_from_file(stability.probe))
 
     def on_step_end(self, args, state, control, **kwargs):
         stability = self.engine.stability if self.engine is not None else None
         if stability is not None and stability.probe is not None and stability.probe.due(state.global_step):
             values = stability.probe.run(state.global_step)  # on every rank
+            if stability.alarm is not None and values:
+                values |= stability.alarm.check(state.global_step, values)
+                if stability.alarm.stop:
+                    control.should_save = control.should_training_stop = True
             stability.restart_clock()
             if self.recorder is not None:
                 self.recorder.record(state.global_step, values)
@@ -167,14 +215,14 @@ class StabilityCallback(TrainerCallback):
             if state.is_world_process_zero:
                 logger.warning(
                     "this trainer's loss does not pass through the model's loss function: token statistics are null"
-                    " (for SFTTrainer, \"loss_path\": \"chunked\" in the stability block gives them)"
+                    " (for SFTTrainer, \"loss_path\": \"linear\" in the stability block gives them)"
                 )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show in the progress log that the level is reached."""
         if self.engine is None or "loss" not in logs:
             return
-        for key in ("level", "variance_ratio", "entropy"):
+        for key in ("level", "variance_ratio", "governor_statistic", "governor_target", "entropy"):
             value = self.engine.stability.metrics.get(f"stability/{key}")
             if value is not None:
                 logs[key] = round(value, 4)

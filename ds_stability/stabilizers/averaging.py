@@ -2,7 +2,8 @@
 
 m = b m + (1 - b) g with b = beta_max * level, and g' = m / W, where W is the weight that m has gathered (W = 1 - b^t for a
 constant b, Adam's bias correction, arXiv 1412.6980). It acts on the reduced, clipped, fp32 gradient partition, in a step
-pre-hook of the base optimizer, and keeps one fp32 copy of that partition.
+pre-hook of the base optimizer, and keeps one fp32 copy of that partition and nothing else of its size, on the device where the
+optimizer has it: the CPU with `offload_optimizer`.
 """
 
 from collections.abc import Callable

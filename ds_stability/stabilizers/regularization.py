@@ -1,35 +1,34 @@
 """Regularization: z-loss, label smoothing, or decay toward the initial weights; coefficient = level^2 * max.
 
-z_loss: c * (log Z)^2 added to each token's loss (PaLM, arXiv 2204.02311, section 5). label_smoothing: (1 - c) CE + c * mean
-over the vocabulary of -log p (Szegedy et al. 2016; torch.nn.functional.cross_entropy). init_decay: theta -= lr * c *
-(theta - theta_0) before the optimizer step, decoupled as in AdamW (arXiv 1711.05101), pulling as L2-SP (arXiv 1802.01483).
+z_loss: c * (log Z)^2 added to each token's objective (PaLM, arXiv 2204.02311, section 5). label_smoothing: (1 - c)
+objective + c * mean over the vocabulary of -log p (Szegedy et al. 2016). Both act on the block's `objective`, whatever it
+is. init_decay: theta -= lr * c * (theta - theta_0) before the optimizer step, decoupled as in AdamW (arXiv 1711.05101),
+pulling as L2-SP (arXiv 1802.01483).
 """
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from ds_stability.loss import Objective, cross_entropy
+from ds_stability.loss import Objective, RowObjective, cross_entropy
+from ds_stability.objectives.token import label_smoothing, smoothed
 
 
-def z_loss_objective(coefficient: float) -> Objective:
-    """CE + coefficient * logsumexp(logits)^2, per token."""
+def z_loss_objective(coefficient: float, base: Objective = cross_entropy) -> Objective:
+    """The base objective + coefficient * logsumexp(logits)^2, per token."""
 
     def objective(logits_CV, labels_C):
         log_partition_C = torch.logsumexp(logits_CV, dim=-1)
-        return cross_entropy(logits_CV, labels_C) + coefficient * log_partition_C.square()
+        return base(logits_CV, labels_C) + coefficient * log_partition_C.square()
 
     return objective
 
 
-def label_smoothing_objective(coefficient: float) -> Objective:
-    """(1 - coefficient) CE + coefficient * uniform cross-entropy, per token."""
-
-    def objective(logits_CV, labels_C):
-        return F.cross_entropy(logits_CV, labels_C, reduction="none", label_smoothing=coefficient)
-
-    return objective
+def label_smoothing_objective(coefficient: float, base: Objective = cross_entropy) -> Objective:
+    """(1 - coefficient) times the base objective + coefficient * uniform cross-entropy, per token."""
+    if base is cross_entropy:
+        return label_smoothing(coefficient)
+    return lambda logits_CV, labels_C: smoothed(base(logits_CV, labels_C), logits_CV, coefficient)
 
 
 class Regularization:
@@ -42,12 +41,16 @@ class Regularization:
 
     def prepare(self, step, loss):
         self.coefficient = self.level_at(step) ** 2 * self.maximum
-        if self.coefficient and self.kind == "z_loss":
-            loss.objective = z_loss_objective(self.coefficient)
-        elif self.coefficient and self.kind == "label_smoothing":
-            loss.objective = label_smoothing_objective(self.coefficient)
-        else:
-            loss.objective = cross_entropy
+        loss.objective = self.around(loss.base_objective)
+
+    def around(self, base: Objective | RowObjective) -> Objective | RowObjective:
+        """`base` with the penalty of the coming step; the very same where there is none."""
+        if not self.coefficient or self.kind == "init_decay":
+            return base
+        if isinstance(base, RowObjective):
+            return RowObjective(lambda rows: self.around(base.at(rows)), base.count)
+        make = z_loss_objective if self.kind == "z_loss" else label_smoothing_objective
+        return make(self.coefficient, base)
 
     def apply(self, index: int, parameter: torch.Tensor, learning_rate: float) -> None:
         """Pull `parameter` (flat fp32, partition `index`) toward its first value, in place."""

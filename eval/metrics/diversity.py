@@ -10,46 +10,26 @@ import gzip
 import numpy as np
 
 from ..records import Measured
+from .gram_counts import GramCounts
 from .layout import Layout, encode
-from .ngrams import distinct_per_owner
 from .pools import PoolCounts, Pools, pooled
 
 GZIP_LEVEL = 9
 ZIPF_MIN_TYPES = 50
 
 
-def token_groups(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of exactly `layout.group_tokens` tokens, read in block order.
-
-    Returns:
-        (group of each token [M], -1 for what is left over at the end; the text in which each group starts [groups]).
-    """
-    corpus, size = layout.corpus, layout.group_tokens
-    place = corpus.stream_positions(layout.block_order)
-    group, groups = place // size, len(place) // size
-    inside = group < groups
-    first = np.flatnonzero(inside & (place % size == 0))
-    first_texts = np.empty(groups, dtype=np.int64)
-    first_texts[group[first]] = corpus.text_of[first]
-    return np.where(inside, group, -1), first_texts
-
-
-def measure_distinct(layout: Layout, grams: list[tuple[np.ndarray, np.ndarray]]) -> list[Measured]:
+def measure_distinct(layout: Layout, grams: GramCounts) -> list[Measured]:
     """distinct_1..4: distinct n-grams over n-grams in groups of equal token count; units are blocks of prompts."""
-    group, first_texts = token_groups(layout)
     rows = []
-    for n, (positions, numbers) in enumerate(grams, start=1):
+    for n, (distinct, total) in enumerate(zip(grams.group_distinct, grams.group_total, strict=True), start=1):
         name = f"distinct_{n}"
-        settings = {"n": n, "group_tokens": layout.group_tokens, "groups": len(first_texts), "size_from": layout.size_from}
-        owner = group[positions]
-        inside = (owner >= 0) & (owner == group[positions + n - 1])
-        if not inside.any():
+        settings = {"n": n, "group_tokens": layout.group_tokens, "groups": len(total), "size_from": layout.size_from}
+        if not total.any():
             found = len(layout.corpus.tokens)
             rows.append(layout.null(name, f"no group of {layout.group_tokens} tokens with a {n}-gram in it ({found} tokens)",
                                     settings=settings))  # fmt: skip
             continue
-        distinct, total = distinct_per_owner(owner[inside], numbers[inside], len(first_texts))
-        rows.append(layout.per_block(name, first_texts, distinct, total, "share", settings))
+        rows.append(layout.per_block(name, grams.first_texts, distinct, total, "share", settings))
     return rows
 
 

@@ -146,9 +146,10 @@ class Layout:
         """Up to SUBSAMPLE_TEXTS places in `samples`, for what grows with the square: sample 0 of the prompts in a random
         order that the seed fixes, then sample 1, ... Chosen by key before texts that failed are left out."""
         rank = np.random.default_rng(self.context.seed).permutation(len(self.prompts))
-        place = {sample.key: i for i, sample in enumerate(self.samples)}
-        keys = sorted(self.everything, key=lambda s: (s.sample, rank[np.searchsorted(self.prompts, s.prompt)]))
-        return np.array([place[s.key] for s in keys[:SUBSAMPLE_TEXTS] if s.key in place], dtype=np.int64)
+        numbers, prompts = (np.array([getattr(s, name) for s in self.everything], dtype=np.int64) for name in ("sample", "prompt"))
+        chosen = np.lexsort((rank[np.searchsorted(self.prompts, prompts)], numbers))[:SUBSAMPLE_TEXTS]
+        kept = np.array([sample.finish != "non_finite" for sample in self.everything])
+        return (np.cumsum(kept) - 1)[chosen[kept[chosen]]]
 
     def null(self, metric: str, note: str, **fields: Any) -> Measured:
         return Measured.null(metric, note, decoding=self.decoding, **fields)

@@ -1,6 +1,6 @@
 """n-gram counts of pools of equal token count, over everything and without each fold: what pooled statistics work on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from ..records import Measured
 from .layout import Layout
 from .ngrams import dense, raw_keys
 
+PIECE = 2**22  # counts at once, 32 MiB
+
 
 @dataclass(frozen=True)
 class PoolCounts:
@@ -17,11 +19,39 @@ class PoolCounts:
 
     Attributes:
         keys: the distinct ones, rising, int64 [K] (see ngrams.raw_keys).
-        counts: how often each occurs, int64 [1 + folds, K]: row 0 in the whole pool, row 1 + f without fold f.
+        counts: how often each occurs, int64 [rows, K]; of all 1 + folds rows, row 0 is the whole pool, row 1 + f without fold f.
     """
 
     keys: np.ndarray
     counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class SparsePool:
+    """n-grams of one pool, as how often each occurs in each fold, zeros left out.
+
+    Attributes:
+        keys: the distinct ones, rising, int64 [K]. folds: how many. cells: fold * K + place in `keys`, rising. counts: of each.
+    """
+
+    keys: np.ndarray
+    folds: int
+    cells: np.ndarray
+    counts: np.ndarray
+
+    def pieces(self) -> Iterator[PoolCounts]:
+        """The rows of PoolCounts, in order, about PIECE counts at a time."""
+        types = len(self.keys)
+        whole = np.bincount(self.cells % max(1, types), self.counts, types).astype(np.int64)
+        step = max(1, PIECE // max(1, types))
+        for first in range(0, 1 + self.folds, step):
+            rows = []
+            for row in range(first, min(first + step, 1 + self.folds)):
+                inside = slice(*np.searchsorted(self.cells, [(row - 1) * types, row * types])) if row else slice(0)
+                left = whole.copy()
+                left[self.cells[inside] - (row - 1) * types] -= self.counts[inside]
+                rows.append(left)
+            yield PoolCounts(self.keys, np.stack(rows))
 
 
 @dataclass(frozen=True)
@@ -33,7 +63,7 @@ class Pools:
         base: keys of bigrams are first * base + second.
     """
 
-    grams: dict[int, list[PoolCounts]]
+    grams: dict[int, list[SparsePool]]
     base: int
     settings: dict[str, Any]
     note: str | None
@@ -57,7 +87,7 @@ def make_pools(layout: Layout) -> Pools:
     return Pools(grams, base, {"tokens": size, "pools": number, "size_from": layout.size_from}, note)
 
 
-def _count(layout: Layout, n: int, base: int, first: int, end: int) -> PoolCounts:
+def _count(layout: Layout, n: int, base: int, first: int, end: int) -> SparsePool:
     corpus, folds = layout.corpus, layout.folds
     starts = corpus.gram_starts(n)
     starts = starts[np.searchsorted(starts, first) : np.searchsorted(starts, end - n + 1)]
@@ -66,9 +96,8 @@ def _count(layout: Layout, n: int, base: int, first: int, end: int) -> PoolCount
     distinct = np.empty(types, dtype=np.int64)
     distinct[numbers] = keys
     fold = layout.fold_of[corpus.text_of[starts]]
-    by_fold = np.bincount(fold * types + numbers, minlength=folds * types).reshape(folds, types)
-    whole = by_fold.sum(axis=0)
-    return PoolCounts(distinct, np.concatenate([whole[None], whole - by_fold]))
+    cells, counts = np.unique(fold * types + numbers, return_counts=True)
+    return SparsePool(distinct, folds, cells, counts)
 
 
 def pooled(layout: Layout, pools: Pools, metric: str, n: int, statistic: Callable[[PoolCounts], np.ndarray], unit: str,
@@ -83,7 +112,7 @@ def pooled(layout: Layout, pools: Pools, metric: str, n: int, statistic: Callabl
         return layout.null(metric, pools.note or "no tokens", unit=unit, settings=settings)
     # A statistic that is undefined is NaN on purpose, and becomes a stated null below.
     with np.errstate(divide="ignore", invalid="ignore"):
-        values = np.mean([statistic(pool) for pool in pools.grams[n]], axis=0)
+        values = np.mean([np.concatenate([statistic(piece) for piece in pool.pieces()]) for pool in pools.grams[n]], axis=0)
     if not np.isfinite(values[0]):
         return layout.null(metric, undefined, unit=unit, settings=settings)
     return layout.jackknife(metric, float(values[0]), values[1:], unit, settings, settings["tokens"] * settings["pools"], pools.note)

@@ -7,20 +7,13 @@ import numpy as np
 
 from ...text_metrics import TAIL_LOOP_MIN_PHRASE, TAIL_LOOP_MIN_REPEATS
 from ..records import Measured
+from .gram_counts import GramCounts
 from .layout import Layout
-from .ngrams import Corpus, distinct_per_owner
-
-MAX_N = 4
+from .ngrams import Corpus
 
 
-def seq_rep(corpus: Corpus, grams: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """1 - distinct n-grams / n-grams of each text [T] (0 where there is none), and whether it has any [T].
-
-    Args:
-        grams: (positions, numbers) of the n-grams, from ngrams.gram_numbers.
-    """
-    positions, numbers = grams
-    distinct, total = distinct_per_owner(corpus.text_of[positions], numbers, len(corpus.lengths))
+def seq_rep(distinct: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """1 - distinct n-grams / n-grams of each text [T] (0 where there is none), and whether it has any [T]."""
     defined = total > 0
     return np.where(defined, 1.0 - distinct / np.maximum(total, 1), 0.0), defined
 
@@ -41,11 +34,11 @@ def tail_loops(corpus: Corpus) -> np.ndarray:
     return loops
 
 
-def measure_repetition(layout: Layout, grams: list[tuple[np.ndarray, np.ndarray]]) -> list[Measured]:
+def measure_repetition(layout: Layout, grams: GramCounts) -> list[Measured]:
     """seq_rep_1..4 and tail_loop_rate; units are prompts."""
     rows = []
-    for n in range(1, MAX_N + 1):
-        values, defined = seq_rep(layout.corpus, grams[n - 1])
+    for n, counts in enumerate(zip(grams.text_distinct, grams.text_total, strict=True), start=1):
+        values, defined = seq_rep(*counts)
         rows.append(layout.per_prompt(f"seq_rep_{n}", values, defined, f"no text has {n} tokens",
                                       settings={"n": n, "texts_too_short": int((~defined).sum())}))  # fmt: skip
     loops = tail_loops(layout.corpus)

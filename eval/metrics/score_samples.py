@@ -20,11 +20,11 @@ from . import (
 )
 from .concentration import measure_divergence, measure_shares
 from .diversity import measure_compression, measure_distinct, measure_entropy
+from .gram_counts import count_grams
 from .layout import Layout
 from .neighbours import measure_neighbours
-from .ngrams import gram_numbers
 from .pools import make_pools
-from .repetition import MAX_N, measure_repetition
+from .repetition import measure_repetition
 from .self_bleu import measure_self_bleu
 from .words import measure_words
 
@@ -84,7 +84,7 @@ def _measure_if_wanted(
 
 
 def _measure_grams(layout: Layout) -> list[Measured]:
-    grams = gram_numbers(layout.corpus, MAX_N)
+    grams = count_grams(layout)
     return [*measure_repetition(layout, grams), *measure_distinct(layout, grams)]
 
 

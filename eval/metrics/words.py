@@ -6,7 +6,8 @@ one word per run. Sources: MTLD, McCarthy and Jarvis 2010 (Behavior Research Met
 """
 
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.special import gammaln
@@ -26,10 +27,10 @@ def words_of(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def number_words(texts: Sequence[Sequence[str]]) -> tuple[Corpus, dict[str, int]]:
+def number_words(texts: Iterable[Sequence[str]]) -> tuple[Corpus, dict[str, int]]:
     """Texts of words as texts of numbers, and the number of each word, by first occurrence."""
     numbers: dict[str, int] = {}
-    coded = [[numbers.setdefault(word, len(numbers)) for word in text] for text in texts]
+    coded = [array("i", [numbers.setdefault(word, len(numbers)) for word in text]) for text in texts]
     return Corpus.of(coded), numbers
 
 
@@ -78,7 +79,7 @@ def _counts_by_text(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
 
 def measure_words(layout: Layout) -> list[Measured]:
     """high_frequency_word_share, words_per_text, no_words_rate, mtld, hdd; units are prompts."""
-    corpus, numbers = number_words([words_of(sample.text) for sample in layout.samples])
+    corpus, numbers = number_words(words_of(sample.text) for sample in layout.samples)
     lengths, texts = corpus.lengths, np.ones(len(corpus.lengths))
     return [
         _high_frequency(layout, corpus, numbers),
@@ -109,10 +110,9 @@ def _diversity(layout: Layout, corpus: Corpus) -> list[Measured]:
     # MTLD is infinite for a text that repeats no word: it is left out, and counted.
     scored = (total >= MIN_WORDS) & (distinct < total)
     values = np.zeros(len(total))
-    words = corpus.tokens.tolist()
     for i in np.flatnonzero(scored):
         start = int(corpus.starts[i])
-        values[i] = mtld(words[start : start + int(total[i])])
+        values[i] = mtld(corpus.tokens[start : start + int(total[i])].tolist())
     nothing = f"no text has {MIN_WORDS} words"
     left_out = {"min_words": MIN_WORDS, "texts_too_short": int((total < MIN_WORDS).sum())}
     unique = int(((total >= MIN_WORDS) & (distinct == total)).sum())

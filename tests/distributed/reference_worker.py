@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from objectives_reference import objective_loss, own_text_batch, own_text_loss
 
 
 def batches(run, step, world):
@@ -38,9 +39,14 @@ def token_losses(logits, labels, run, coefficient):
 
 
 def total_loss(model, run, step, world, setting):
+    if step in run.get("own_text_steps", ()):
+        return own_text_loss(model, [own_text_batch(model, run, ids) for ids, _ in batches(run, step, world)], run)
     surprisals, objectives = [], []
     for ids, labels in batches(run, step, world):
-        s, o = token_losses(model(input_ids=ids).logits.float(), labels, run, setting["coefficient"])
+        logits = model(input_ids=ids).logits.float()
+        s, o = token_losses(logits, labels, run, setting["coefficient"])
+        if run.get("objective"):
+            o = objective_loss(run, ids, labels, logits)
         surprisals.append(s)
         objectives.append(o)
     s, o = torch.cat(surprisals), torch.cat(objectives)
@@ -104,7 +110,6 @@ def replay(spec):
 
 
 def main():
-    sys.path.insert(0, str(Path(__file__).parent))
     specs = json.loads(Path(sys.argv[1]).read_text())
     torch.save({name: replay(spec) for name, spec in specs.items()}, sys.argv[2])
 

@@ -17,6 +17,7 @@ FOUR = {
 }
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 1}
+GOVERNED = {"controller": {"mode": "governor", "warmup_steps": 1, "setpoint_ramp_steps": 0, "probe_interval": 2, "probe_size": 6}}
 LORA = {"lora": True, "steps": 18, "block": {"level": 0.5, "controller": {"warmup_steps": 8, "ramp_steps": 2}},
         "arguments": {"learning_rate": 5e-2, "save_strategy": "steps", "save_steps": 10}}  # fmt: skip
 # Three accumulation steps do not divide an epoch of 16 micro-batches: its last step has one.
@@ -25,12 +26,17 @@ RUNS = {
     "plain": {"enable": False},
     "plain_block": {"enable": False, "block": HALF},  # DeepSpeed ignores a key that it does not know
     "zero": {"block": {"level": 0}},
+    "noise_plain": {"enable": False, "arguments": {"neftune_noise_alpha": 5.0}},
+    "noise_zero": {"block": {"level": 0}, "arguments": {"neftune_noise_alpha": 5.0}},
     "half": {"block": HALF, "steps": 6, "arguments": SAVING},
     "half_resumed": {"block": HALF, "steps": 6, "arguments": SAVING, "resume": {"run": "half", "step": 3}},
     "half_evaluated": {"block": HALF, "steps": 6, "arguments": EVALUATING, "evaluation": ["a"], "evaluate_after": True},
     "two_sets": {"block": HALF, "arguments": EVALUATING, "evaluation": ["a", "b"]},
     "four": {"block": FOUR, "steps": 6, "arguments": SAVING},
     "four_resumed": {"block": FOUR, "steps": 6, "arguments": SAVING, "resume": {"run": "four", "step": 3}},
+    "governed": {"block": GOVERNED, "steps": 6, "arguments": SAVING, "evaluation": ["a"]},
+    "governed_resumed": {"block": GOVERNED, "steps": 6, "arguments": SAVING, "evaluation": ["a"], "resume": {"run": "governed", "step": 3}},
+    "governed_blind": {"block": GOVERNED},
     "other_level": {"block": {**HALF, "level": 0.4}, "steps": 6, "resume": {"run": "half", "step": 3}},
     "activation": {"block": HALF, "steps": 6, "arguments": {"activation_checkpointing": True}},
     "gradient": {"block": HALF, "steps": 6, "arguments": {"gradient_checkpointing": True,
@@ -97,12 +103,18 @@ def test_without_enable_the_block_is_inert(runs):
     assert not results["plain_block"]["extended"]
 
 
-@pytest.mark.parametrize(("plain", "zero"), [("plain", "zero"), ("bf16_plain", "bf16_zero")])
+@pytest.mark.parametrize(("plain", "zero"), [("plain", "zero"), ("bf16_plain", "bf16_zero"), ("noise_plain", "noise_zero")])
 def test_level_zero_is_plain_training_to_the_bit(runs, plain, zero):
     _, results, _ = runs
     assert equal(results[plain]["weights"], results[zero]["weights"])
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [row.get(key) for row in results[plain]["log"]] == [row.get(key) for row in results[zero]["log"]]
+
+
+def test_neftune_noise_reaches_the_training(runs):
+    """transformers' own flag: noise of magnitude alpha / sqrt(L d) on the embeddings (arXiv 2310.05914), under ZeRO-3."""
+    _, results, _ = runs
+    assert not equal(results["noise_zero"]["weights"], results["zero"]["weights"])
 
 
 def test_other_stages_and_precisions_are_extended_the_same_way(runs):
@@ -236,7 +248,7 @@ def test_lora_learns_under_feedback_and_leaves_the_frozen_weights(runs, name):
         ("smoothing", "--label_smoothing_factor 0.1 takes the loss away from the model"),
         ("liger", "--use_liger_kernel True takes the loss away from the model"),
         ("function", "pass through the model's loss function"),
-        ("preference", "pass through the model's loss function"),
+        ("preference", "a training forward has no logits"),
         ("no_labels", "pass through the model's loss function"),
         ("ranks_differ", "stability block differs between ranks"),
         ("wrong_key", 'did you mean "level"'),
@@ -247,7 +259,8 @@ def test_refused_with_one_line_on_every_rank(runs, name, words):
     out, results, _ = runs
     assert name not in results
     for text in errors(out, name):
-        assert text.startswith("StabilityConfigError: ") and words in text and "\n" not in text
+        kind = "NoLogitsError" if name == "preference" else "StabilityConfigError"
+        assert text.startswith(f"{kind}: ") and words in text and "\n" not in text
 
 
 def test_a_loss_of_its_own_trains_as_ever_at_level_zero(runs):
@@ -270,3 +283,24 @@ def test_a_run_of_skipped_steps_ends_with_all_its_lines_written(runs):
     for text in errors(out, "not_finite"):
         assert text.startswith("SkippedStepsError: 2 optimizer steps in a row were skipped") and "\n" not in text
     assert [(row["step"], row["skipped"], row["loss"]) for row in lines(out / "not_finite")] == [(1, True, None), (2, True, None)]
+
+
+def test_the_governor_measures_on_the_eval_dataset(runs):
+    out, results, _ = runs
+    rows = [json.loads(line) for line in (out / "governed" / "metrics.jsonl").read_text().splitlines()]
+    values = [row["stability/governor_statistic"] for row in rows]
+    assert values[0] == rows[-1]["stability/governor_target"]  # before the first step: that of the untouched model
+    assert values[1] == values[2] != values[3] == values[4] != values[5]
+    assert rows[-1]["stability/gain"] != 0.0 and "governed" in results
+
+
+def test_a_governed_run_is_resumed_to_the_bit(runs):
+    _, results, _ = runs
+    assert equal(results["governed"]["weights"], results["governed_resumed"]["weights"])
+
+
+def test_a_governor_without_an_eval_dataset_stops_with_one_line(runs):
+    out, _, _ = runs
+    for rank in (0, 1):
+        text = (out / f"governed_blind.error.{rank}").read_text()
+        assert "the trainer has no eval_dataset; give it one" in text and "\n" not in text

@@ -12,6 +12,7 @@ pytest.importorskip("trl")
 WORKER = Path(__file__).with_name("trl_worker.py")
 HALF = {"level": 0.5, "controller": {"warmup_steps": 2, "ramp_steps": 1}}
 CHUNKED = {"level": 0, "loss_path": "chunked"}  # our loss at gain 0: TRL's objective, if ours is normalized as theirs
+LINEAR = {"level": 0, "loss_path": "linear"}
 SGD = {"optim": "sgd"}  # weights differ in proportion to gradients; AdamW would blow up rounding
 PER_RANK = {**SGD, "average_tokens_across_devices": False}
 PACKED = {**SGD, "packing": True, "per_device_train_batch_size": 1}
@@ -22,9 +23,9 @@ RUNS = {
     "zero": {"block": {"level": 0}, "arguments": SGD},
     "chunked": {"block": CHUNKED, "arguments": SGD},
     "per_rank": {"enable": False, "arguments": PER_RANK, "steps": 2},
-    "per_rank_chunked": {"block": CHUNKED, "arguments": PER_RANK, "steps": 2},
+    "per_rank_linear": {"block": LINEAR, "arguments": PER_RANK, "steps": 2},
     "packed": {"enable": False, "arguments": PACKED, "steps": 2},
-    "packed_chunked": {"block": CHUNKED, "arguments": PACKED, "steps": 2},
+    "packed_linear": {"block": LINEAR, "arguments": PACKED, "steps": 2},
     "half": {"block": HALF, "steps": 6, **EVALUATING},
     "lora": {"block": {"level": 0.5, "controller": {"warmup_steps": 1, "ramp_steps": 1}}, **LORA},
     "dft": {"block": HALF, "arguments": {"loss_type": "dft"}},
@@ -74,10 +75,10 @@ def test_level_zero_is_plain_trl_to_the_bit(runs, plain, zero, figures):
 def test_the_model_loss_is_the_objective_of_trl(runs, name):
     """Same divisor over ranks, micro-batches and padding: at gain 0 only the rounding differs."""
     plain = runs[1][name]
-    chunked = runs[1]["chunked" if name == "plain" else f"{name}_chunked"]
+    ours = runs[1]["chunked" if name == "plain" else f"{name}_linear"]
     for key, weight in plain["weights"].items():
-        torch.testing.assert_close(chunked["weights"][key], weight, rtol=1e-5, atol=1e-7)
-    for first, second in zip(logged(plain, "loss", "grad_norm"), logged(chunked, "loss", "grad_norm"), strict=True):
+        torch.testing.assert_close(ours["weights"][key], weight, rtol=1e-5, atol=1e-7)
+    for first, second in zip(logged(plain, "loss", "grad_norm"), logged(ours, "loss", "grad_norm"), strict=True):
         assert second == pytest.approx(first, rel=1e-4)
 
 

@@ -32,6 +32,9 @@ DEFAULTS = {
     "num_items": False,  # pass num_items_in_batch, and scale the loss by world size, as Trainer does
     "other_block": None,  # a different stability block for rank 1
     "zipf_seed": 1000,
+    "syncs": False,  # count host synchronizations of each step, see host_syncs.py
+    "held_out": 0,  # sequences for the governor; "held_out_odd": True gives rank 1 other ones
+    "held_out_odd": False,
     "via_args": False,  # give the config as args.deepspeed_config, as deepspeed.add_config_arguments does
 }
 
@@ -81,6 +84,14 @@ def micro_batches(run, step, rank, world):
         if masked and masked["step"] == step and masked["micro"] in (index, "all") and masked["rank"] in (rank, "all"):
             labels[:] = -100
         yield ids, labels
+
+
+def held_out(run, rank):
+    """A governor's sequences, of unequal lengths."""
+    tokens = global_batches(run, 5000 + (rank if run["held_out_odd"] else 0), run["held_out"])
+    for row, ids in enumerate(tokens):
+        ids = ids[: run["seq"] - row % 3]
+        yield {"input_ids": ids, "labels": ids.clone()}
 
 
 def num_items(run, step, world):

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,9 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-sys.path.insert(0, str(Path(__file__).parent))
-from train_data import DEFAULTS, build_model, micro_batches, num_items  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from host_syncs import HostSyncs  # noqa: E402
+from train_data import DEFAULTS, build_model, held_out, micro_batches, num_items  # noqa: E402
 
 import ds_stability  # noqa: E402
 
@@ -71,6 +73,8 @@ def make_engine(run, world):
     assert isinstance(engine, deepspeed.DeepSpeedEngine)
     if run["high_frequency"]:
         engine.stability.set_high_frequency(run["high_frequency"], run["vocab"])
+    if run["held_out"]:
+        engine.stability.set_held_out(held_out(run, dist.get_rank()))
     return engine
 
 
@@ -93,23 +97,31 @@ def loss_factor(run, step, micro, rank):
     return float(poison["value"]) if struck else 1.0
 
 
-def train_step(engine, run, step, rank, world):
+def train_step(engine, run, step, rank, world, syncs):
+    """Losses of the micro-batches; `syncs` gets how often the host would have waited, before the step and in it."""
     total = num_items(run, step, world) if run["num_items"] else None
     losses = []
     for micro, (ids, labels) in enumerate(micro_batches(run, step, rank, world)):
         hook = poison_hook(engine, run, step, micro, rank)
         extra = {"num_items_in_batch": total} if run["num_items"] else {}
-        loss = engine(input_ids=ids.to(engine.device), labels=labels.to(engine.device), **extra).loss
-        if hook is not None:
-            hook.remove()
-        factor = loss_factor(run, step, micro, rank)
-        if run["num_items"]:
-            engine.backward(loss * world, scale_wrt_gas=False)
-        else:
-            engine.backward(loss if factor == 1.0 else loss * factor)
-        engine.step()
+        with watching(run) as before:
+            loss = engine(input_ids=ids.to(engine.device), labels=labels.to(engine.device), **extra).loss
+            if hook is not None:
+                hook.remove()
+            factor = loss_factor(run, step, micro, rank)
+            if run["num_items"]:
+                engine.backward(loss * world, scale_wrt_gas=False)
+            else:
+                engine.backward(loss if factor == 1.0 else loss * factor)
+        with watching(run) as inside:
+            engine.step()
+        syncs.append((before.places, inside.places))
         losses.append(float(loss.detach()))
     return losses
+
+
+def watching(run):
+    return HostSyncs().watching() if run["syncs"] else nullcontext(HostSyncs())
 
 
 def evaluate(engine, run, world):
@@ -128,13 +140,13 @@ def collectives():
 
 def execute(run, out, rank, world):
     engine = make_engine(run, world)
-    losses, metrics, history, counts, first = [], [], [], [], 0
+    losses, metrics, history, counts, syncs, first = [], [], [], [], [], 0
     if run["load"]:
         path, _ = engine.load_checkpoint(run["load"])
         assert path is not None
         first = engine.global_steps
     for step in range(first, run["steps"]):
-        losses.append(train_step(engine, run, step, rank, world))
+        losses.append(train_step(engine, run, step, rank, world, syncs))
         if run["engine"] == "ours":
             metrics.append({"step": engine.global_steps, **engine.stability.metrics})
             history.append(engine.stability.state_dict() if run["history"] else None)
@@ -145,7 +157,7 @@ def execute(run, out, rank, world):
         if run["save_at"] == engine.global_steps:
             engine.save_checkpoint(str(out / f"{run['name']}_checkpoint"))
     result = {"weights": gathered_weights(engine), "losses": losses, "metrics": metrics, "collectives": counts,
-              "skipped": engine.skipped_steps, "grad_norm": engine.get_global_grad_norm()}  # fmt: skip
+              "syncs": syncs, "skipped": engine.skipped_steps, "grad_norm": engine.get_global_grad_norm()}  # fmt: skip
     if run["engine"] == "ours":
         result["state"] = engine.stability.state_dict()
         states = [None] * world

@@ -44,7 +44,7 @@ flags:
   learning_rate: 1.0e-3
   save_strategy: steps
   save_steps: 4
-  stability.loss_path: chunked
+  stability.loss_path: linear
   stability.controller.warmup_steps: 2
 grid:
   stability.level: [0, 0.5]

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from ds_stability.controller import Setting
+from ds_stability.fused_head import FusedHead
+from ds_stability.linear_loss import LossSpec, linear_loss
 from ds_stability.loss import StabilityLoss, TokenAccumulator, token_statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -47,6 +49,76 @@ def test_no_host_synchronization_in_forward_and_backward():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert logits.grad.isfinite().all()
+
+
+def make_head(dtype, tokens, vocab, hidden, device="cuda"):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(tokens, hidden, generator=generator).to(device, dtype).requires_grad_()
+    weight = (0.2 * torch.randn(vocab, hidden, generator=generator)).to(device, dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+    targets[::7] = -100
+    return rows, weight, targets.to(device)
+
+
+SPEC = LossSpec(Setting(gain=0.7, mu=5.0, sigma=2.0, mean_weight=1.2), entropy_coefficient=-0.2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6), (torch.float16, 2**-8)])
+def test_linear_loss_against_fp64(dtype, tolerance):
+    """torch.mm in fp32 is exact fp32 unless TF32 is allowed, as it would then be for the model's own head."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    rows, weight, targets = make_head(dtype, 700, 5003, 64)
+    exact = [t.detach().cpu().double().requires_grad_() for t in (rows, weight)]
+    loss, _, tokens = linear_loss(rows, weight, None, targets, SPEC)
+    found = [loss, *torch.autograd.grad(loss, (rows, weight)), tokens["entropy"][tokens.mask_N]]
+    loss, _, tokens = linear_loss(*exact, None, targets.cpu(), SPEC)
+    wanted = [loss, *torch.autograd.grad(loss, exact), tokens["entropy"]]
+    for mine, theirs in zip(found, wanted, strict=True):
+        top = float(theirs.detach().abs().max())
+        torch.testing.assert_close(mine.detach().cpu().double(), theirs.detach(), rtol=tolerance, atol=tolerance * top)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_linear_loss_never_waits_for_the_device(dtype):
+    rows, weight, targets = make_head(dtype, 700, 5003, 64)
+    linear_loss(rows, weight, None, targets, SPEC)[0].backward()  # first call: lazy initialization may synchronize
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_loss(rows, weight, None, targets, SPEC)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert weight.grad.isfinite().all()
+
+
+def test_a_model_with_a_fused_head_never_waits_for_the_device():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    config = LlamaConfig(vocab_size=997, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).train()
+    model.config.use_cache = False
+    loss = StabilityLoss(model, model.loss_function, chunked=True, device="cuda")
+    loss.setting, loss.head, model.loss_function = SPEC.setting, FusedHead(model, loss), loss
+    ids = torch.randint(0, 997, (2, 65), device="cuda")
+    hidden = model.model(input_ids=ids).last_hidden_state.detach()  # the backbone's own synchronizations are not ours
+    model.model.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden.requires_grad_())
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(input_ids=ids, labels=ids).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert model.lm_head.weight.grad.isfinite().all() and (loss.forwards, loss.backwards) == (2, 2)
+
+
+def test_linear_loss_makes_no_tensor_of_tokens_times_vocabulary():
+    rows, weight, targets = make_head(torch.bfloat16, 4096, 50_000, 256)
+    linear_loss(rows, weight, None, targets, SPEC)[0].backward()
+    rows.grad = weight.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear_loss(rows, weight, None, targets, SPEC)[0].backward()
+    assert torch.cuda.max_memory_allocated() - before < 4096 * 50_000 * 2  # less than the logits alone, in bf16
 
 
 def test_the_same_bits_twice():

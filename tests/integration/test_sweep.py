@@ -28,7 +28,7 @@ flags:
   save_strategy: steps
   save_steps: 4
   save_total_limit: 1
-  stability.loss_path: chunked
+  stability.loss_path: linear
   stability.controller.warmup_steps: 2
 grid:
   stability.level: [0, 0.5]

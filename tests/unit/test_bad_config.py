@@ -10,7 +10,7 @@ from ds_stability.config import StabilityConfig, load_ds_config, split_config
 from ds_stability.errors import StabilityConfigError, UserError
 
 LEVEL = "a number from 0 to 1, or a list of [step, level] pairs"
-TOP = "allowed here: level, stabilizers, controller, statistics, probe, loss_path, max_skipped_steps"
+TOP = "allowed here: level, stabilizers, objective, controller, statistics, probe, alarm, loss_path, max_skipped_steps"
 FAMILIES = "feedback, clipping, averaging, regularization"
 NESTED: list = []
 NESTED.append(NESTED)
@@ -44,8 +44,8 @@ BLOCKS = [
     ({"level": None}, "stability.level", "null", LEVEL),
     ({"level": {"0": 1}}, "stability.level", '{"0": 1}', LEVEL),
     ({"level": b"1"}, "stability.level", "a Python bytes", LEVEL),
-    ({"controller": None}, "stability.controller", "null", "an object with any of the keys warmup_steps"),
-    ({"controller": [8.0]}, "stability.controller", "[8.0]", "an object with any of the keys warmup_steps"),
+    ({"controller": None}, "stability.controller", "null", "an object with any of the keys mode, warmup_steps"),
+    ({"controller": [8.0]}, "stability.controller", "[8.0]", "an object with any of the keys mode, warmup_steps"),
     ({"controller": {"gain_max": "8"}}, "stability.controller.gain_max", '"8"', "a number above 0 and up to 50"),
     ({"controller": {"gain_max": False}}, "stability.controller.gain_max", "false", "a number above 0 and up to 50"),
     ({"controller": {"warmup_steps": 10.0}}, "stability.controller.warmup_steps", "10.0", "an integer from 0 to"),
@@ -57,7 +57,7 @@ BLOCKS = [
     ({"stabilizers": ["feedback"]}, "stability.stabilizers", '["feedback"]', "an object with any of the keys " + FAMILIES),
     ({"stabilizers": {"feedback": None}}, "stability.stabilizers.feedback", "null", "an object with any of the keys level"),
     ({"stabilizers": {"clipping": 0.2}}, "stability.stabilizers.clipping", "0.2", "an object with any of the keys level, ema_decay"),
-    ({"loss_path": "fused"}, "stability.loss_path", '"fused"', '"stock" or "chunked", or null'),
+    ({"loss_path": "fused"}, "stability.loss_path", '"fused"', '"stock" or "chunked" or "linear", or null'),
     ({"stabilizers": {"regularization": {"kind": "l2"}}}, "stability.stabilizers.regularization.kind", '"l2"', '"z_loss" or "label_smoothing" or "init_decay"'),
     # out of range, not finite, too large
     ({"level": -0.1}, "stability.level", "-0.1", LEVEL),
@@ -72,6 +72,26 @@ BLOCKS = [
     ({"controller": {"gain_max": 10**400}}, "stability.controller.gain_max", "1329 bits", "a number above 0 and up to 50"),
     ({"controller": {"warmup_steps": -1}}, "stability.controller.warmup_steps", "-1", "an integer from 0 to"),
     ({"controller": {"warmup_steps": 10**30}}, "stability.controller.warmup_steps", str(10**30), "an integer from 0 to"),
+    ({"controller": {"mode": "auto"}}, "stability.controller.mode", '"auto"', '"level" or "governor"'),
+    ({"controller": {"mode": "governor", "statistic": "loss"}}, "stability.controller.statistic", '"loss"', '"entropy" or "top1_mass" or "high_frequency_mass"'),
+    ({"controller": {"mode": "governor", "actuator": "clip"}}, "stability.controller.actuator", '"clip"', '"token_weight" or "entropy_bonus"'),
+    ({"controller": {"mode": "governor", "target": -0.5}}, "stability.controller.target", "-0.5", "0 to ln(vocabulary)"),
+    ({"controller": {"mode": "governor", "target": 1e9}}, "stability.controller.target", "1000000000.0", "0 to ln(vocabulary)"),
+    ({"controller": {"mode": "governor", "target": 10**400}}, "stability.controller.target", "1329 bits", "0 to ln(vocabulary)"),
+    ({"controller": {"mode": "governor", "target": math.nan}}, "stability.controller.target", "NaN", '"initial" or "data"'),
+    ({"controller": {"mode": "governor", "target": True}}, "stability.controller.target", "true", '"initial" or "data"'),
+    ({"controller": {"mode": "governor", "target": None}}, "stability.controller.target", "null", '"initial" or "data"'),
+    ({"controller": {"mode": "governor", "target": "first"}}, "stability.controller.target", '"first"', '"initial" or "data"'),
+    ({"controller": {"mode": "governor", "target": 1.5, "statistic": "top1_mass"}}, "stability.controller.target", "1.5", "from 0 to 1 for top1_mass"),
+    ({"controller": {"mode": "governor", "target": "data", "statistic": "top1_mass"}}, "stability.controller.target", '"data"', "for entropy alone"),
+    ({"controller": {"mode": "governor", "target": "data", "probe_interval": 0}}, "stability.controller.probe_interval", "0", "what it memorizes"),
+    ({"controller": {"mode": "governor", "gain_max": 2}}, "stability.controller.gain_max", "2", 'controller.mode must be "level"'),
+    ({"controller": {"kp": 2}}, "stability.controller.kp", "2", 'controller.mode must be "governor"'),
+    ({"controller": {"target": 3.5}}, "stability.controller.target", "3.5", 'controller.mode must be "governor"'),
+    ({"level": 0.5, "controller": {"mode": "governor"}}, "stability.controller.mode", '"governor"', "the two would pull against each other"),
+    ({"level": [[0, 0], [9, 0.1]], "controller": {"mode": "governor"}}, "stability.controller.mode", '"governor"', "or set level to 0"),
+    ({"stabilizers": {"feedback": {"level": 0.1}}, "controller": {"mode": "governor"}}, "stability.controller.mode", '"governor"', "or set level to 0"),
+    ({"controller": {"mode": "governor"}, "loss_path": "stock"}, "stability.loss_path", '"stock"', "the governor, and every objective but cross_entropy act through our loss"),
     ({"controller": {"trim_ki": -0.1}}, "stability.controller.trim_ki", "-0.1", "a number from 0 to 10"),
     ({"statistics": {"ema_decay": 1}}, "stability.statistics.ema_decay", "1", "a number above 0 and below 1"),
     ({"statistics": {"ema_decay": 0}}, "stability.statistics.ema_decay", "0", "a number above 0 and below 1"),
@@ -101,8 +121,8 @@ BLOCKS = [
     ({"stabilizers": {"feedback": {"level": [[0, True]]}}}, "stability.stabilizers.feedback.level[0][1]", "true", "a number from 0 to 1"),
     ({"level": NESTED}, "stability.level[0]", "[[[...]]]", "a pair [step, level]"),
     # values that contradict each other
-    ({"level": 0.5, "loss_path": "stock"}, "stability.loss_path", '"stock"', '"chunked" or null'),
-    ({"stabilizers": {"regularization": {"level": 0.1}}, "loss_path": "stock"}, "stability.loss_path", '"stock"', '"chunked" or null'),
+    ({"level": 0.5, "loss_path": "stock"}, "stability.loss_path", '"stock"', '"linear", "chunked" or null'),
+    ({"stabilizers": {"regularization": {"level": 0.1}}, "loss_path": "stock"}, "stability.loss_path", '"stock"', '"linear", "chunked" or null'),
     ({"level": 0.5, "statistics": {"interval": 4}}, "stability.statistics.interval", "4", "1 unless loss_path is stock"),
     # the block is no object
     (None, "stability", "null", "an object with any of the keys level"),

@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))  # they are plain scripts: their folder is w
 import common  # noqa: E402
 import demo  # noqa: E402
 import figures  # noqa: E402
-import overhead  # noqa: E402
+import governor  # noqa: E402
 import render  # noqa: E402
 import smollm2  # noqa: E402
 import training  # noqa: E402
@@ -93,17 +93,9 @@ def test_stability_measures_take_the_last_known_value():
 
 def test_bootstrap_interval_holds_the_median():
     values = list(np.random.default_rng(1).normal(loc=1.05, scale=0.02, size=25))
-    low, high = overhead.bootstrap_median(values)
+    low, high = common.bootstrap_median(values)
     assert low < np.median(values) < high and high - low < 0.04
-    assert overhead.bootstrap_median([1.0, 1.0]) == [1.0, 1.0]
-
-
-def test_overhead_ratios_are_of_the_same_round():
-    seconds = {"plain": [[1.0] * 3, [2.0] * 3], "level 0": [[1.1] * 3, [2.2] * 3]}  # the machine got slower
-    memory = {arm: [{"resident_gib": gib, "accelerator_gib": 0.0}] for arm, gib in (("plain", 1.0), ("level 0", 1.5))}
-    arms = overhead.summarize(seconds, memory)
-    assert arms["level 0"]["time_ratios"] == pytest.approx([1.1, 1.1])
-    assert arms["level 0"]["memory_ratio"] == {"resident_gib": 1.5}
+    assert common.bootstrap_median([1.0, 1.0]) == [1.0, 1.0]
 
 
 # ---- description and tables -----------------------------------------------------------------------------------------
@@ -205,7 +197,7 @@ def test_demo_cells_differ_in_level_only(tmp_path, monkeypatch):
     assert (first.pop("stability_level"), second.pop("stability_level")) == ("0", "0.5")
     assert first.pop("high_frequency_file") is None
     assert second.pop("high_frequency_file") == str(tmp_path / "level-0" / "high_frequency.json")
-    assert first == second and first["stability_loss_path"] == "chunked"
+    assert first == second and first["stability_loss_path"] == "linear"
 
 
 @pytest.mark.parametrize("module, cell", [(demo, "demo_cell"), (smollm2, "smollm2_cell")])
@@ -229,7 +221,7 @@ def test_flags_of_the_cells_are_accepted(module, cell, tmp_path, monkeypatch):
 # ---- rendering ------------------------------------------------------------------------------------------------------
 
 
-SHOWN = ("demo", "smollm2", "overhead")  # the others have tests of their own
+SHOWN = ("demo", "smollm2")  # the others have tests of their own
 
 
 def dose_row(level, ratio, entropy):
@@ -244,7 +236,7 @@ def dose_row(level, ratio, entropy):
 
 @pytest.fixture
 def results(tmp_path):
-    """A folder with the three results files, small."""
+    """A folder with two results files, small."""
     head = {
         "finished_at": "2026-01-02T03:04:05+00:00", "command": "python benchmarks/demo.py --levels 0 0.5",
         "git": {"revision": "b" * 40, "dirty": True}, "versions": {"python": "3.11", "torch": "2.13", "peft": None},
@@ -253,14 +245,9 @@ def results(tmp_path):
     }  # fmt: skip
     rows = [dose_row(0.0, 1.0, 4.5), dose_row(0.5, 0.503, 3.25), dose_row(0.9, None, 1.5)]
     untouched = {**dose_row(0.0, None, 4.75), "level": None, "name": "untouched"}
-    memory = {"resident_gib": 1.25, "resident_growth_gib": 0.5, "accelerator_gib": 0.0}
-    arm = {"median_seconds": 0.125, "time_ratio": 1.0625, "time_ratio_interval": [1.03125, 1.09375], "memory": memory,
-           "time_ratios": [1.05, 1.06, 1.07], "memory_ratio": {"resident_gib": 1.015625, "resident_growth_gib": 1.0}}  # fmt: skip
-    group = {"name": "tiny", "bf16": False, "batch_size": 4, "block_size": 128, "world_size": 2, "together": True,
-             "arms": {name: arm for name in overhead.ARMS}}  # fmt: skip
     folder = tmp_path / "results"
     folder.mkdir()
-    for kind, body in (("demo", {"rows": rows}), ("smollm2", {"rows": [untouched, *rows]}), ("overhead", {"groups": [group]})):
+    for kind, body in (("demo", {"rows": rows}), ("smollm2", {"rows": [untouched, *rows]})):
         (folder / f"{kind}.json").write_text(json.dumps({"kind": kind, **head, **body}))
     return folder
 
@@ -271,7 +258,6 @@ def test_page_is_rendered_from_the_files(results):
     assert text.startswith("# Results\n\nBy hand.\n") and "old" not in text
     assert "| 0.5 | 0.503 ± 0.004 | 4.12 | 3.25 | 0.250 | 0.875 | 0.062 | 0.625 |" in text
     assert "| untouched | - | 4.125 | 4.750 |" in text
-    assert "| level 0.5 | 125.0 | 1.062 [1.031, 1.094] | 1.25 | 1.016 |" in text
     assert "python benchmarks/demo.py --levels 0 0.5" in text and "Seeds: seed 7." in text and "torch 2.13" in text
     assert f"Commit `{'b' * 12}` with uncommitted changes, some runs at `{'a' * 12}`." in text
     assert "peft" not in text and "probe num_prompts 64" in text
@@ -286,10 +272,10 @@ def test_samples_stay_inside_their_block(results):
 
 
 def test_missing_and_wrong_files(results):
-    (results / "demo.json").rename(results / "overhead.json")
+    (results / "demo.json").rename(results / "generation.json")
     assert "Not measured yet" in render.section("demo", results)
     with pytest.raises(ValueError, match="kind 'demo'"):
-        render.section("overhead", results)
+        render.section("generation", results)
     with pytest.raises(KeyError):
         render.filled("<!-- generated: nothing -->\n<!-- end -->", results)
 
@@ -309,7 +295,7 @@ def test_command_writes_page_and_figures_and_checks_them(results, monkeypatch, c
 
 
 def test_pages_of_the_docs_have_every_section_and_are_up_to_date():
-    text = "".join((render.DOCS / page).read_text(encoding="utf-8") for page in ("results.md", "reliability.md"))
+    text = "".join((render.DOCS / page).read_text(encoding="utf-8") for page in (*render.PAGES, "reliability.md"))
     assert all(f"<!-- generated: {name} -->" in text for name in render.SECTIONS)
     assert render.filled(text, render.DOCS / "results") == text, "run make docs"
 
@@ -324,3 +310,35 @@ def test_figure_draws_every_row_that_is_known(tmp_path, monkeypatch):
     assert list(entropy.containers[0].lines[0].get_ydata()) == [4.0, 3.0]
     assert list(ratio.containers[0].lines[0].get_xdata()) == [0.0]
     assert any(list(line.get_ydata()) == [5.0, 5.0] for line in entropy.lines)
+
+
+# ---- the governor's benchmark -----------------------------------------------------------------------------------------
+
+
+def governor_row(actuator, target, over, miss, cost):
+    return {"seed": 0, "actuator": actuator, "target": target, "over_natural": over, "miss": miss, "cost": cost, "entropy": 4.2,
+            "cross_entropy": 3.9, "top1_mass": 0.25, "output": None if actuator is None else 0.2, "seconds_mean": 0.1}  # fmt: skip
+
+
+def test_the_verdict_on_the_governor_knows_its_bounds():
+    rows = [governor_row(None, None, None, None, None), governor_row("token_weight", 3.9, 1.0, 0.004, 0.006),
+            governor_row("token_weight", 4.29, 1.1, -0.009, 0.019), governor_row("entropy_bonus", 4.29, 1.1, -0.011, -0.3),
+            governor_row("entropy_bonus", "data", None, 0.2, 0.2)]  # fmt: skip
+    lines = governor.verdict(rows).splitlines()
+    assert ["not met" in line for line in lines] == [True, False, True]
+    header, body = governor.governor_table(rows)
+    assert len(body) == len(rows) + len(governor.PROTOTYPE) and all(len(line) == len(header) for line in body)
+    assert body[1][3] == "+0.40 %" and body[2][1] == "4.290 (1.10)" and body[0][1] == "-" and body[4][1] == "data"
+
+
+def test_cells_of_the_governor_are_commands_that_train_accepts(tmp_path, monkeypatch):
+    from ds_stability.launchers.arguments import parse_command
+
+    monkeypatch.setattr(sys, "argv", ["governor.py", "--num_gpus", "2"])
+    arguments = governor.parse_arguments()
+    cells = [cell for cell, _, _ in governor.governed_cells(0, 3.9, arguments, tmp_path)]
+    assert len(cells) == 6
+    for cell in cells:
+        flags = {**cell.flags, "high_frequency_file": None, "output_dir": str(tmp_path / cell.name)}
+        command = parse_command(training.flag_words(flags))
+        assert command.stability.governed and command.stability.controller.warmup_steps == governor.WARMUP

@@ -42,11 +42,11 @@ def test_the_table_shows_every_key_and_marks_defaults(inspect):
     assert lines["controller.warmup_steps"] == ["20"]
     assert lines["controller.gain_max"] == ["8.0", "default"]
     assert lines["stabilizers.feedback.level"] == "null default: the block's level, 0.5".split()
-    shown = {info.path for info in describe() if not info.section and "stabilizers" not in info.path}
+    shown = {info.path for info in describe() if not info.section and "stabilizers" not in info.path and "(" not in info.path}
     assert shown <= set(lines)
     assert "stabilizers.clipping.level" not in lines  # the family is not in use
     assert "ZeRO stage 3, bf16, offload: none, gradient_clipping: 1.0" in out
-    assert "loss path: chunked (feedback up to 0.5)" in out
+    assert "loss path: linear (feedback up to 0.5)" in out
     assert "warnings" not in out
 
 
@@ -54,7 +54,7 @@ def test_the_level_flag_overrides_and_is_marked(inspect):
     code, out, _ = inspect(GOOD, "--stability_level", "0:0,200:0.25")
     assert code == 0
     assert "level" in out and "[[0, 0.0], [200, 0.25]]" in out and "--stability_level" in out
-    assert "loss path: chunked (feedback up to 0.25)" in out
+    assert "loss path: linear (feedback up to 0.25)" in out
     code, out, _ = inspect(GOOD, "--stability_level", "0")
     assert "loss path: stock (no stabilizer is ever above level 0)" in out
 
@@ -63,7 +63,7 @@ def test_json_output_is_the_whole_report(inspect):
     code, out, _ = inspect({**GOOD, "train_batch_size": "auto"}, "--json")
     report = json.loads(out)
     assert code == 0
-    assert (report["zero_stage"], report["precision"], report["loss_path"]) == (3, "bf16", "chunked")
+    assert (report["zero_stage"], report["precision"], report["loss_path"]) == (3, "bf16", "linear")
     assert report["auto"] == ["train_batch_size"]
     values = {key["path"]: (key["value"], key["origin"]) for key in report["keys"]}
     assert values["level"] == (0.5, "file") and values["controller.gain_max"] == (8.0, "default")
@@ -74,7 +74,7 @@ def test_an_explicit_null_is_not_called_a_default(inspect):
     _, out, _ = inspect({**GOOD, "stability": {"controller": {"warmup_steps": None}}}, "--json")
     key = next(key for key in json.loads(out)["keys"] if key["path"] == "controller.warmup_steps")
     assert key == {"path": "controller.warmup_steps", "value": None, "origin": "file",
-                   "remark": "10 from pretrained weights, 100 from scratch"}  # fmt: skip
+                   "remark": "10 from pretrained weights, 100 from scratch (250 for a governor)"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_command_needs_no_torch_and_is_fast(tmp_path):
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
         seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0 and "loss path: chunked" in done.stdout, done.stderr
+        assert done.returncode == 0 and "loss path: linear" in done.stdout, done.stderr
         if seconds[-1] < 1:
             break
     assert min(seconds) < 1
@@ -167,3 +167,8 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     command = f"set -o pipefail; {sys.executable} -m ds_stability.cli inspect {path} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_governor_is_the_reason_for_the_loss_path(inspect):
+    _, out, _ = inspect({**GOOD, "stability": {"controller": {"mode": "governor", "target": 3.5}}})
+    assert "loss path: linear (the governor of entropy acts through it)" in out

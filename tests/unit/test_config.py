@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 from ds_stability.config import (
     StabilityConfig,
     describe,
-    find_auto,
     level_at,
-    load_ds_config,
-    split_config,
-    unsupported,
 )
-from ds_stability.deepspeed_config import DEEPSPEED_KEYS, precision, unknown_keys, uses_deepspeed_cpu_adam, zero_stage
 from ds_stability.errors import StabilityConfigError
 
 FULL = {
@@ -37,6 +32,14 @@ FULL = {
     "probe": {"interval": 5, "num_prompts": 2, "max_new_tokens": 3, "prompts_file": "p.txt", "max_gather_gib": 0.5},
     "loss_path": "chunked",
     "max_skipped_steps": 1,
+    "objective": {"name": "focal", "gamma": 1.5},
+    "alarm": {"action": "stop", "reference_file": "r.txt", "start_step": 3, "patience": 1, "share_tolerance": 0.1, "entropy_tolerance": 0.3},
+}  # fmt: skip
+
+
+GOVERNOR = {
+    "mode": "governor", "warmup_steps": 7, "statistic": "top1_mass", "target": 0.25, "actuator": "entropy_bonus", "start": "alarm", "kp": 0.5, "ki": 0,
+    "dead_band": 0.01, "slew_rate": 0.5, "output_limit": 2, "setpoint_ramp_steps": 0, "probe_interval": 0, "probe_size": 3,
 }  # fmt: skip
 
 
@@ -60,7 +63,10 @@ def test_the_empty_block_is_plain_training():
 
 def test_every_key_can_be_set_and_is_kept():
     cfg = StabilityConfig.parse(FULL)
-    assert cfg.to_dict() == {**FULL, "stabilizers": {
+    defaults = parse().to_dict()["controller"]
+    assert set(defaults) == set(FULL["controller"]) | set(GOVERNOR)
+    assert parse(controller=GOVERNOR).to_dict()["controller"] == {**defaults, **GOVERNOR}
+    assert cfg.to_dict() == {**FULL, "controller": {**defaults, **FULL["controller"]}, "stabilizers": {
         "feedback": {"level": 0.25, "permute": True, "replay": "a.jsonl"},
         "clipping": {"level": 0.2, "ema_decay": 0.9},
         "averaging": {"level": None, "beta_max": 0.9},
@@ -99,14 +105,18 @@ def test_absent_families_are_off():
         ({}, "stock"),
         ({"level": 0}, "stock"),
         ({"level": [[0, 0], [10, 0.0]]}, "stock"),
-        ({"level": [[0, 0], [10, 0.01]]}, "chunked"),
-        ({"level": 0.5}, "chunked"),
+        ({"level": [[0, 0], [10, 0.01]]}, "linear"),
+        ({"level": 0.5}, "linear"),
+        ({"level": 0.5, "loss_path": "chunked"}, "chunked"),
         ({"level": 0.5, "stabilizers": {}}, "stock"),
         ({"level": 0.5, "stabilizers": {"feedback": {"level": 0}}}, "stock"),
-        ({"stabilizers": {"clipping": {"level": 0.1}}}, "chunked"),
+        ({"stabilizers": {"clipping": {"level": 0.1}}}, "linear"),
         ({"stabilizers": {"clipping": {"level": 0.1}}, "loss_path": "stock"}, "stock"),
         ({"stabilizers": {"regularization": {"level": 0.1, "kind": "init_decay"}}, "loss_path": "stock"}, "stock"),
         ({"level": 0, "loss_path": "chunked"}, "chunked"),
+        ({"level": 0, "loss_path": "linear"}, "linear"),
+        ({"controller": {"mode": "governor"}}, "linear"),
+        ({"controller": {"mode": "governor"}, "stabilizers": {"clipping": {"level": 0.2}}}, "linear"),
     ],
 )
 def test_loss_path(block, path):
@@ -124,7 +134,7 @@ def test_resolve_fills_every_null_that_needs_no_model(kind, most):
         assert resolved.controller.warmup_steps == warmup
         assert resolved.stabilizers["feedback"].level == 0.5
         assert resolved.stabilizers["regularization"].max == most
-        assert resolved.loss_path == "chunked"
+        assert resolved.loss_path == "linear"
         assert resolved.resolve(not pretrained) == resolved
     assert parse(controller={"warmup_steps": 3}).resolve(True).controller.warmup_steps == 3
     assert set(parse().resolve(True).stabilizers) == {"feedback"}
@@ -163,7 +173,40 @@ def test_statistics_interval_needs_the_stock_loss():
     with pytest.raises(StabilityConfigError, match="stability.statistics.interval: 10"):
         parse(level=0.1, statistics={"interval": 10})
     with pytest.raises(StabilityConfigError, match="stability.statistics.interval: 10"):
-        parse(loss_path="chunked", statistics={"interval": 10})
+        parse(loss_path="linear", statistics={"interval": 10})
+
+
+@pytest.mark.parametrize("objective, message", [
+    ({"name": "focl"}, 'stability.objective.name: "focl" is not allowed; must be "cross_entropy" or "label_smoothing"'),
+    ({"gamma": 1.0}, "stability.objective.name: null is not allowed"),
+    ({"name": "focal", "gama": 1}, 'stability.objective.gama: unknown key (value 1); did you mean "gamma"? allowed here: name, gamma'),
+    ({"name": "label_smoothing", "smoothing": 1.01}, "stability.objective.smoothing: 1.01 is not allowed; must be a number from 0 to 1"),
+    ({"name": "label_smoothing", "smoothing": -0.1}, "must be a number from 0 to 1"),
+    ({"name": "unlikelihood_sequence"}, "stability.objective.max_new_tokens: null is not allowed; must be an integer from 1 to 1000000, the "
+     "tokens to generate per text, as the sequence level needs a generation budget"),
+    ({"name": "reverse_kl"}, "stability.objective.reference: null is not allowed; must be the folder or hub name of a causal LM, as this "
+     "objective needs a reference model"),
+    ("focal", 'stability.objective: "focal" is not allowed; must be an object with a name'),
+])  # fmt: skip
+def test_a_wrong_objective_is_one_line(objective, message):
+    with pytest.raises(StabilityConfigError) as error:
+        parse(objective=objective)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_objective_acts_through_our_loss_at_any_level():
+    gem = {"name": "gem"}
+    assert parse(objective=gem).resolved_loss_path == "linear" and not parse(objective=gem).active
+    assert parse(objective={"name": "unlikelihood_token"}).resolved_loss_path == "chunked"
+    with pytest.raises(StabilityConfigError, match="logits of whole sequences"):
+        parse(objective={"name": "unlikelihood_token"}, loss_path="linear")
+    assert parse(objective={"name": "cross_entropy"}) == parse() and parse().resolved_loss_path == "stock"
+    with pytest.raises(StabilityConfigError, match='stability.loss_path: "stock" is not allowed'):
+        parse(objective=gem, loss_path="stock")
+    with pytest.raises(StabilityConfigError, match="stability.statistics.interval: 2"):
+        parse(objective=gem, statistics={"interval": 2})
+    resolved = parse(objective=gem).resolve(pretrained=True)
+    assert resolved.to_dict()["objective"] == {"name": "gem", "beta": 0.7, "h": "linear"}
 
 
 def test_describe_lists_every_key_with_meaning_default_and_range():
@@ -174,7 +217,9 @@ def test_describe_lists_every_key_with_meaning_default_and_range():
         for key, value in node.items():
             yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
-    assert set(leaves(values)) == {path for path, info in infos.items() if not info.section}
+    kinds = {path for path in infos if "(" in path}  # keys of one kind of objective
+    assert {path for path in kinds if "(focal)" in path} == {"objective(focal).gamma"}
+    assert set(leaves(values)) == {path for path, info in infos.items() if not info.section} - kinds | {"objective.gamma"}
     assert all(info.meaning and info.allowed for info in infos.values())
     assert infos["controller.gain_max"].allowed == "a number above 0 and up to 50"
     assert infos["statistics.ema_decay"].allowed == "a number above 0 and below 1"
@@ -186,7 +231,7 @@ def test_describe_lists_every_key_with_meaning_default_and_range():
 def test_the_described_defaults_are_the_defaults():
     block: dict = {}
     for info in describe():
-        if info.section or info.path.startswith("stabilizers."):
+        if info.section or info.path.startswith("stabilizers.") or "(" in info.path:
             continue
         node = block
         *parents, key = info.path.split(".")
@@ -194,137 +239,6 @@ def test_the_described_defaults_are_the_defaults():
             node = node.setdefault(parent, {})
         node[key] = info.default
     assert StabilityConfig.parse(block) == StabilityConfig()
-
-
-# -- around the block ------------------------------------------------------------------------------------------------
-
-
-def test_split_config_takes_the_block_out_and_leaves_the_input_alone():
-    ds_config = {"train_batch_size": 8, "stability": {"level": 0.5}}
-    rest, cfg = split_config(ds_config)
-    assert rest == {"train_batch_size": 8} and cfg.level == 0.5
-    assert ds_config == {"train_batch_size": 8, "stability": {"level": 0.5}}
-    assert split_config({"bf16": {"enabled": True}}) == ({"bf16": {"enabled": True}}, StabilityConfig())
-
-
-def test_no_real_deepspeed_key_looks_like_the_block():
-    rest, cfg = split_config(dict.fromkeys(DEEPSPEED_KEYS))
-    assert set(rest) == DEEPSPEED_KEYS and cfg == StabilityConfig()
-    assert unknown_keys(rest) == []
-
-
-@pytest.mark.parametrize(
-    "key, guess",
-    [
-        ("zero_optimisation", "zero_optimization"),
-        ("gradient_cliping", "gradient_clipping"),
-        ("optimiser", "optimizer"),
-        ("train_batchsize", "train_batch_size"),
-        ("bf16_", "bf16"),
-        ("xyzzy", None),
-    ],
-)
-def test_misspelled_deepspeed_keys_are_found(key, guess):
-    assert unknown_keys({key: 1, "fp16": {}}) == [(key, guess)]
-
-
-def test_the_key_list_is_that_of_the_installed_deepspeed():
-    import importlib.util
-
-    root = Path(importlib.util.find_spec("deepspeed").origin).parent
-    sources = [root / "__init__.py", *(root / "runtime").glob("*.py"), *(root / "utils").glob("*.py")]
-    for folder in ("comm", "profiling", "autotuning", "monitor", "datastates", "runtime/swap_tensor",
-                   "runtime/activation_checkpointing", "runtime/data_pipeline", "runtime/tensor_parallel"):  # fmt: skip
-        sources += (root / folder).glob("*.py")
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
-    missing = [key for key in DEEPSPEED_KEYS if f'"{key}"' not in text and f"'{key}'" not in text]
-    assert set(missing) <= {"inference"}  # read by transformers, not by DeepSpeed's training engine
-
-
-def test_find_auto_names_every_path_in_order_and_survives_cycles():
-    ds_config = {"a": "auto", "b": {"c": [1, "auto", {"d": "auto"}]}, "e": "automatic"}
-    ds_config["b"]["self"] = ds_config
-    assert find_auto(ds_config) == ["a", "b.c[1]", "b.c[2].d"]
-    assert find_auto({}) == []
-
-
-def test_load_ds_config_copies_a_dict_and_reads_a_file_and_base64(tmp_path):
-    import base64
-
-    ds_config = {"zero_optimization": {"stage": 3}}
-    copy = load_ds_config(ds_config)
-    assert copy == ds_config and copy["zero_optimization"] is not ds_config["zero_optimization"]
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(ds_config), encoding="utf-8")
-    assert load_ds_config(path) == load_ds_config(str(path)) == ds_config
-    packed = base64.urlsafe_b64encode(json.dumps(ds_config).encode()).decode()
-    assert load_ds_config(packed) == ds_config
-    long = {**ds_config, "tensorboard": {"job_name": "x" * 5000}}  # longer than a file name may be
-    assert load_ds_config(base64.urlsafe_b64encode(json.dumps(long).encode()).decode()) == long
-
-
-@pytest.mark.parametrize(
-    "ds_config, named",
-    [
-        ({"pipeline": {"stages": 2}}, "pipeline"),
-        ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "zero_optimization.zenflow"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
-         "zero_optimization.offload_optimizer.super_offload"),
-        ({"optimizer": {"type": "Muon"}}, "optimizer.type"),
-        ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
-        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast.dtype"),
-        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine.enabled"),
-        ({"stability": {"stabilizers": {"clipping": {"level": 0.1}}}}, "stability.stabilizers.clipping"),
-        ({"zero_optimization": {"stage": 0}, "stability": {"level": 0.1, "stabilizers": {"averaging": {}}}},
-         "stability.stabilizers.averaging"),
-    ],
-)  # fmt: skip
-def test_unsupported_features_get_a_sentence(ds_config, named):
-    problems = unsupported(ds_config)
-    assert len(problems) == 1 and problems[0].startswith(named + ": ") and problems[0].isprintable()
-
-
-@pytest.mark.parametrize(
-    "ds_config",
-    [
-        {},
-        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": False}}},
-        {"optimizer": {"type": "AdamW"}, "compile": {"deepcompile": False}, "pipeline": {}},
-        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "hybrid_engine": {"enabled": False}},
-        {"zero_optimization": {"stage": 1}, "stability": {"level": 1, "stabilizers": {"clipping": {}, "averaging": {}}}},
-        {"zero_optimization": {"stage": "auto"}, "stability": {"level": 0.5, "stabilizers": {"clipping": {}}}},
-        {"stability": {"stabilizers": {"clipping": {"level": 0}}}},
-        {"optimizer": [], "zero_optimization": 7, "compile": None, "torch_autocast": "x"},
-    ],
-)
-def test_supported_and_malformed_configs_pass(ds_config):
-    assert unsupported(ds_config) == []
-
-
-def test_stage_and_precision_of_odd_configs():
-    assert [zero_stage({"zero_optimization": z}) for z in ({}, {"stage": 2}, True, False, {"stage": 7}, [], None)] == [
-        0, 2, 1, 0, None, None, None]  # fmt: skip
-    assert zero_stage({}) == 0
-    assert precision({}) == precision({"bf16": {"enabled": False}, "fp16": 3}) == "fp32"
-    assert precision({"fp16": {"enabled": True}}) == "fp16"
-    assert precision({"bfloat16": {"enabled": True}}) == "bf16"
-    assert precision({"bf16": {"enabled": "auto"}}) == "bf16 if --bf16 is given, else fp32"
-
-
-@pytest.mark.parametrize(
-    "extra, cpu_adam",
-    [
-        ({}, True),
-        ({"zero_force_ds_cpu_optimizer": False}, False),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, True),
-        ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, False),
-        ({"optimizer": {"type": "SGD"}}, False),
-    ],
-)
-def test_deepspeed_cpu_adam_is_recognized(extra, cpu_adam):
-    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
-    assert uses_deepspeed_cpu_adam({"zero_optimization": zero, **extra}) is cpu_adam
-    assert not uses_deepspeed_cpu_adam({"zero_optimization": {"stage": 3}, **extra})
 
 
 def test_importing_the_config_loads_nothing_heavy():
@@ -360,7 +274,7 @@ likely_blocks = st.fixed_dictionaries(
         "stabilizers": st.dictionaries(st.sampled_from(["feedback", "clipping"]) | words, family, max_size=2) | scalars,
         "controller": st.fixed_dictionaries({}, optional={"gain_max": small | scalars, "warmup_steps": scalars}),
         "statistics": st.fixed_dictionaries({}, optional={"interval": scalars, "ema_decay": small | scalars}),
-        "loss_path": st.sampled_from(["stock", "chunked", None, "Stock"]),
+        "loss_path": st.sampled_from(["stock", "chunked", "linear", None, "Stock"]),
         "max_skipped_steps": st.integers(-1, 20),
     },
 )
@@ -381,3 +295,42 @@ def test_any_json_value_either_round_trips_or_gives_one_line(block):
     assert StabilityConfig.parse(resolved.to_dict()) == resolved
     for name in cfg.families:
         assert 0.0 <= cfg.family_level(name, 17) <= cfg.max_level(name) <= 1.0
+
+
+# ---- the governor -----------------------------------------------------------------------------------------------------
+
+
+def test_the_governor_waits_longer_from_scratch():
+    block = parse(controller={"mode": "governor"})
+    assert block.active and block.governed and not parse().governed
+    assert (block.resolve(pretrained=True).controller.warmup_steps, block.resolve(pretrained=False).controller.warmup_steps) == (10, 250)
+    assert parse(controller={"mode": "governor", "warmup_steps": 3}).resolve(pretrained=False).controller.warmup_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("control", "needs"),
+    [
+        ({"mode": "level"}, False),
+        ({"mode": "governor"}, True),
+        ({"mode": "governor", "target": 4.5}, True),
+        ({"mode": "governor", "target": 4.5, "probe_interval": 0}, False),
+        ({"mode": "governor", "target": "initial", "probe_interval": 0}, True),
+    ],
+)
+def test_when_the_governor_needs_held_out_text(control, needs):
+    assert parse(controller=control).controller.needs_probe is needs
+
+
+def test_a_target_replaces_the_level():
+    block = parse(level=0.5, controller={"gain_max": 4, "warmup_steps": 9})
+    for text, target in (("4.5", 4.5), ("initial", "initial"), ("data", "data"), ("0", 0.0)):
+        governed = block.with_target(text)
+        assert governed.level == 0.0 and governed.governed and governed.controller.target == target
+        assert governed.controller.warmup_steps == 9 and governed.controller.gain_max == 8.0
+
+
+@pytest.mark.parametrize("text", ["", "nan", "inf", "-1", "first", "4.5 nats", "1e3", "\0"])
+def test_a_wrong_target_flag_is_one_line(text):
+    with pytest.raises(StabilityConfigError, match="^--stability_target: .* is not allowed; must be a number") as error:
+        parse().with_target(text)
+    assert "\n" not in str(error.value)

@@ -147,6 +147,38 @@ def test_chunks_of_rows_change_no_bit(name, monkeypatch):
         assert torch.equal(ours, expected)
 
 
+def drawn_over_everything(scores: torch.Tensor, decoding: Decoding, uniforms: torch.Tensor) -> torch.Tensor:
+    """By sorting and summing the whole vocabulary, as an accelerator does it."""
+    shifted, exponentials, _ = decoding_module._shifted(scores)
+    return decoding_module._draw(decoding_module._truncated(shifted, exponentials, decoding), uniforms.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("vocabulary", [37, 1024, 5000, 49152])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_truncated_draws_are_those_over_the_whole_vocabulary(vocabulary, dtype):
+    """bf16: hundreds of ties at every border. Sharp, usual and flat logits; a padded end."""
+    rows = 24
+    for seed, scale in enumerate((8.0, 1.0, 0.02)):
+        scores = (scale * logits(rows, vocabulary, seed)).to(dtype)
+        scores[:, -5:] = -math.inf
+        uniforms = torch.rand(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        uniforms[:3] = torch.tensor([0.0, 0.5, 1 - 2**-53])
+        for decoding in (*(d for d in SAMPLED if d.top_k or d.top_p < 1), Decoding("n", "sample", top_p=0.999999)):
+            if vocabulary < 49152 or decoding in (SAMPLED[4], SAMPLED[2], SAMPLED[18]):  # sorting it takes long
+                ours = next_tokens(scores, decoding, uniforms)[0]
+                assert torch.equal(ours, drawn_over_everything(scores, decoding, uniforms)), (decoding, scale)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0.0, -0.5, -1.0, -1.0000001, -3.0, -40.0, -800.0, -math.inf]), min_size=1, max_size=30),
+       st.integers(0, 40), st.sampled_from([0.01, 0.5, 0.9, 1.0]), st.sampled_from([0.1, 1.0, 3.0]),
+       st.floats(0, 1, exclude_max=True))  # fmt: skip
+def test_truncated_draws_of_tied_and_missing_tokens(values, top_k, top_p, temperature, uniform):
+    scores, number = torch.tensor([[*values, 0.0]]), torch.tensor([uniform], dtype=torch.float64)
+    decoding = Decoding("d", "sample", temperature=temperature, top_p=top_p, top_k=top_k)
+    assert torch.equal(next_tokens(scores, decoding, number)[0], drawn_over_everything(scores, decoding, number))
+
+
 def test_doubling_sums_are_cumulative_sums():
     """The path of an accelerator, on the CPU under another name for the device."""
 

@@ -30,7 +30,7 @@ def test_the_shipped_set_is_complete():
 def test_config_loads_splits_and_resolves_without_a_warning(path):
     config, stability = split_config(load_ds_config(path))
     assert "stability" not in config
-    assert stability.level == 0.5 and stability.resolve(pretrained=False).loss_path == "chunked"
+    assert stability.level == 0.5 and stability.resolve(pretrained=False).loss_path == "linear"
     assert unknown_keys(config) == [] and unsupported(config, stability) == []
     assert inspect_config(path).warnings == []
 

@@ -33,13 +33,31 @@ paths = st.sampled_from(["high_frequency.json", "runs/a/metrics.jsonl", "\N{LATI
 # What is right for each key; the nearly right and the hostile replace it here and there.
 SECTIONS = {
     "controller": {"warmup_steps": st.none() | steps, "ramp_steps": steps, "gain_max": st.floats(0, 50, exclude_min=True),
-                   "trim_kp": st.floats(0, 10), "trim_ki": st.floats(0, 10), "trim_max": st.floats(0, 50)},
+                   "trim_kp": st.floats(0, 10), "trim_ki": st.floats(0, 10), "trim_max": st.floats(0, 50),
+                   "mode": st.sampled_from(["level", "governor"]), "actuator": st.sampled_from(["token_weight", "entropy_bonus"]),
+                   "statistic": st.sampled_from(["entropy", "top1_mass", "high_frequency_mass"]),
+                   "target": st.sampled_from(["initial", "data"]) | st.floats(0, 1), "kp": st.floats(0, 100), "ki": st.floats(0, 10),
+                   "dead_band": st.floats(0, 1, exclude_max=True), "slew_rate": st.floats(0, 50, exclude_min=True),
+                   "output_limit": st.floats(0, 8, exclude_min=True), "setpoint_ramp_steps": steps, "probe_interval": steps,
+                   "probe_size": counts, "start": st.sampled_from(["warmup", "alarm"])},
     "statistics": {"high_frequency_coverage": shares, "high_frequency_file": st.none() | paths, "ema_decay": shares,
                    "interval": st.just(1) | counts, "gradient_noise_scale": st.booleans(), "update_ratio_interval": steps,
                    "chunk_size": st.none() | counts},
     "probe": {"interval": steps, "num_prompts": counts, "max_new_tokens": counts, "prompts_file": st.none() | paths,
               "max_gather_gib": st.floats(0, 10**6, exclude_min=True)},
+    "alarm": {"action": st.sampled_from(["off", "warn", "stop"]), "reference_file": st.none() | paths, "start_step": st.none() | steps,
+              "patience": st.integers(1, 1000), "share_tolerance": st.floats(0, 1, exclude_max=True), "entropy_tolerance": shares},
 }  # fmt: skip
+gammas, coefficients, positive = st.floats(0, 20), st.floats(0, 100), st.floats(0, 10, exclude_min=True)
+OBJECTIVES = {
+    "cross_entropy": {}, "label_smoothing": {"smoothing": st.floats(0, 1)}, "focal": {"gamma": gammas},
+    "tofu": {"gamma": gammas, "beta": positive}, "entropy_regularized": {"coefficient": coefficients},
+    "gem": {"beta": positive, "h": st.sampled_from(["linear", "logsigmoid"])}, "unlikelihood_token": {"alpha": coefficients},
+    "unlikelihood_sequence": {"max_new_tokens": st.integers(1, 10**6), "prefix_tokens": st.integers(1, 10**6),
+                              "n": st.integers(1, 1000), "probability": st.floats(0, 1, exclude_min=True)},
+    "reverse_kl": {"reference": paths, "coefficient": positive, "cross_entropy": coefficients},
+}  # fmt: skip
+NEEDED = {"unlikelihood_sequence": ["max_new_tokens"], "reverse_kl": ["reference"]}  # keys without a default
 FAMILIES = {
     "feedback": {"level": st.none() | schedules, "permute": st.booleans(), "replay": st.none() | paths},
     "clipping": {"level": st.none() | schedules, "ema_decay": shares},
@@ -47,13 +65,14 @@ FAMILIES = {
     "regularization": {"level": st.none() | schedules, "kind": st.sampled_from(["z_loss", "label_smoothing", "init_decay"]),
                        "max": st.none() | shares},
 }  # fmt: skip
-TOP = {"level": schedules, "loss_path": st.sampled_from([None, "stock", "chunked"]), "max_skipped_steps": counts}
+TOP = {"level": schedules, "loss_path": st.sampled_from([None, "stock", "chunked", "linear"]), "max_skipped_steps": counts}
 
 
 def test_every_key_of_the_block_is_fuzzed():
     ours = set(TOP) | {"stabilizers"} | set(SECTIONS)
     ours |= {f"{name}.{key}" for name, section in SECTIONS.items() for key in section}
     ours |= {f"stabilizers.{name}.{key}" for name, section in FAMILIES.items() for key in section}
+    ours |= {f"objective({name}).{key}" for name, section in OBJECTIVES.items() for key in section} | {"objective", "objective.name"}
     assert ours == {info.path for info in describe()}
 
 
@@ -61,8 +80,14 @@ def mapping(strategies):
     return st.fixed_dictionaries({}, optional=strategies)
 
 
+def objective(name):
+    section, needed = OBJECTIVES[name], NEEDED.get(name, [])
+    return st.fixed_dictionaries({"name": st.just(name), **{key: section[key] for key in needed}},
+                                 optional={key: value for key, value in section.items() if key not in needed})  # fmt: skip
+
+
 right_blocks = mapping({
-    **TOP, **{name: mapping(section) for name, section in SECTIONS.items()},
+    **TOP, "objective": st.sampled_from(list(OBJECTIVES)).flatmap(objective), **{name: mapping(section) for name, section in SECTIONS.items()},
     "stabilizers": st.none() | mapping({name: mapping(section) for name, section in FAMILIES.items()}),
 })  # fmt: skip
 
@@ -110,7 +135,7 @@ def check_block(block):
     for pretrained in (False, True):
         resolved = parsed.resolve(pretrained)
         assert resolved.resolve(pretrained) == resolved == StabilityConfig.parse(resolved.to_dict())
-        assert resolved.controller.warmup_steps is not None and resolved.loss_path in ("stock", "chunked")
+        assert resolved.controller.warmup_steps is not None and resolved.loss_path in ("stock", "chunked", "linear")
         for family in ("feedback", "clipping", "averaging", "regularization"):
             assert resolved.max_level(family) == parsed.max_level(family)
             for step in (0, 1, 10**9):

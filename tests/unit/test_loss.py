@@ -263,3 +263,49 @@ def test_only_the_logits_are_kept_for_backward():
         value = make_loss(setting=SETTING)(logits, labels)
     large = [x for x in kept if x.numel() >= logits.numel()]
     assert len(large) == 1 and large[0].dtype == torch.bfloat16 and value.requires_grad
+
+
+# ---- entropy bonus ----------------------------------------------------------------------------------------------------
+
+
+def bonus_oracle(logits, targets, setting, objective=cross_entropy):
+    """As `oracle`, of objective - b H."""
+
+    def with_bonus(rows, labels):
+        log_p = torch.log_softmax(rows, dim=-1)
+        return objective(rows, labels) + setting.entropy_bonus * (log_p.exp() * log_p.clamp(min=-1e4)).sum(dim=-1)
+
+    return oracle(logits, targets, setting, None, with_bonus)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.sampled_from(CHUNKS), st.floats(-2.0, 2.0), st.floats(-1.0, 1.0), st.sampled_from(sorted(OBJECTIVES)))
+def test_loss_and_gradient_with_an_entropy_bonus(seed, chunk, gain, bonus, objective):
+    logits, labels = make_batch(seed)
+    setting = Setting(gain, 2.6, 0.9, 1.7, bonus)
+    loss = make_loss(chunk_size=chunk, setting=setting)
+    loss.objective = OBJECTIVES[objective]
+    value = loss(logits, labels, vocab_size=VOCAB)
+    assert_matches(value, logits, bonus_oracle(logits, shifted(labels), setting, loss.objective), tolerance=2e-5)
+
+
+def test_entropy_bonus_of_a_padded_vocabulary_is_finite():
+    logits, labels = make_batch(1)
+    with torch.no_grad():
+        logits[..., -2:] = -math.inf
+        labels[labels >= VOCAB - 2] = 0
+    loss = make_loss(setting=Setting(entropy_bonus=0.5))
+    value = loss(logits, labels, vocab_size=VOCAB)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert value.isfinite() and gradient.isfinite().all() and (gradient[..., -2:] == 0).all()
+
+
+def test_recorded_loss_has_the_bonus_and_the_statistics_do_not():
+    logits, labels = make_batch(2)
+    plain, bonus = make_loss(), make_loss(setting=Setting(entropy_bonus=0.7))
+    plain(logits, labels), bonus(logits, labels)
+    first, second = plain.train.sums_K, bonus.train.sums_K
+    at = TOKEN_FIELDS.index
+    torch.testing.assert_close(second[at("loss")], first[at("loss")] - 0.7 * first[at("entropy")])
+    rest = [index for index, name in enumerate(TOKEN_FIELDS) if name != "loss"]
+    assert torch.equal(first[rest], second[rest])

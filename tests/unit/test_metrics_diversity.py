@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_stability import text_metrics
+from ds_stability.eval.metrics import pools as pools_module
 from ds_stability.eval.metrics.diversity import (
     compressed_size,
     entropy_rows,
@@ -18,9 +19,9 @@ from ds_stability.eval.metrics.diversity import (
     measure_entropy,
     zipf_exponent,
 )
+from ds_stability.eval.metrics.gram_counts import count_grams
 from ds_stability.eval.metrics.layout import Layout
-from ds_stability.eval.metrics.ngrams import gram_numbers
-from ds_stability.eval.metrics.pools import make_pools
+from ds_stability.eval.metrics.pools import SparsePool, make_pools
 from ds_stability.eval.records import Sample, ScoringContext
 
 KEYED = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 1), st.lists(st.integers(0, 5), max_size=9)),
@@ -52,7 +53,7 @@ def test_distinct_by_cutting_lists(keyed, n):
         grams = [tuple(t for _, _, t in window) for window in windows if len({text for _, text, _ in window}) == 1]
         totals[group[0][0]] += len(set(grams))
         counts[group[0][0]] += len(grams)
-    row = measure_distinct(layout, gram_numbers(layout.corpus, 4))[n - 1]
+    row = measure_distinct(layout, count_grams(layout))[n - 1]
     assert row.settings["group_tokens"] == size
     if not sum(counts.values()):
         assert row.value is None and row.note
@@ -68,7 +69,7 @@ def test_distinct_is_compared_at_equal_token_counts():
     rows = []
     for texts in (long, short):
         layout = layout_of([(i, 0, text) for i, text in enumerate(texts)], reference_tokens=8)
-        rows.append(measure_distinct(layout, gram_numbers(layout.corpus, 4))[0])
+        rows.append(measure_distinct(layout, count_grams(layout))[0])
     assert rows[0].settings["group_tokens"] == rows[1].settings["group_tokens"] == 16
     assert (rows[0].settings["groups"], rows[1].settings["groups"]) == (4, 2)
     assert rows[0].totals[0] / rows[0].counts[0] == text_metrics.distinct_n(long[:2], 1).value
@@ -107,7 +108,7 @@ def test_output_entropy_of_pools(keyed):
 
 def test_counts_without_a_fold_are_counts_of_the_other_prompts():
     layout = layout_of([(p, j, [p, j, p]) for p in range(5) for j in range(2)], reference_tokens=12)
-    (pool,) = make_pools(layout).grams[1]
+    ((pool,),) = [list(sparse.pieces()) for sparse in make_pools(layout).grams[1]]
     assert layout.folds == 5 and pool.counts.shape == (6, 5)
     for fold in range(5):
         tokens = [t for s in layout.samples if s.prompt != fold for t in s.token_ids]
@@ -175,3 +176,14 @@ def test_repeating_oneself_compresses_and_lone_surrogates_do_not_stop_it():
         samples = [Sample(i, "sample", 0, 0, [1], text, "length") for i, text in enumerate(texts)]
         values.append(measure_compression(Layout.of(samples, context))[0].value)
     assert values[0] < values[1] < values[2]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10**6])
+def test_rows_of_a_pool_are_the_whole_and_all_but_one_fold(piece, monkeypatch):
+    monkeypatch.setattr(pools_module, "PIECE", piece)
+    by_fold = np.random.default_rng(0).integers(0, 3, (5, 6))
+    cells = np.flatnonzero(by_fold)
+    pieces = list(SparsePool(np.arange(6), 5, cells, by_fold.reshape(-1)[cells]).pieces())
+    rows = np.concatenate([one.counts for one in pieces])
+    assert np.array_equal(rows, np.concatenate([by_fold.sum(0, keepdims=True), by_fold.sum(0) - by_fold]))
+    assert all(np.array_equal(one.keys, np.arange(6)) for one in pieces) and (len(pieces) == 1) == (piece == 10**6)

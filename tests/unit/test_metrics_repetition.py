@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_stability import text_metrics
+from ds_stability.eval.metrics.gram_counts import count_grams
 from ds_stability.eval.metrics.layout import Layout
-from ds_stability.eval.metrics.ngrams import Corpus, gram_numbers
+from ds_stability.eval.metrics.ngrams import Corpus, distinct_per_owner, gram_numbers
 from ds_stability.eval.metrics.repetition import measure_repetition, seq_rep, tail_loops
 from ds_stability.eval.records import Sample, ScoringContext
 
@@ -22,7 +23,8 @@ def layout_of(texts):
 @given(TEXTS, st.integers(1, 4))
 def test_seq_rep_is_that_of_text_metrics(texts, n):
     corpus = Corpus.of(texts)
-    values, defined = seq_rep(corpus, gram_numbers(corpus, 4)[n - 1])
+    positions, numbers = gram_numbers(corpus, 4)[n - 1]
+    values, defined = seq_rep(*distinct_per_owner(corpus.text_of[positions], numbers, len(texts)))
     expected = [text_metrics.seq_rep_n(text, n) for text in texts]
     assert [float(v) if d else None for v, d in zip(values, defined, strict=True)] == expected
 
@@ -40,7 +42,7 @@ def test_a_phrase_said_three_times_is_a_loop(phrase, before):
 @given(TEXTS)
 def test_measured_means(texts):
     layout = layout_of(texts)
-    rows = {row.metric: row for row in measure_repetition(layout, gram_numbers(layout.corpus, 4))}
+    rows = {row.metric: row for row in measure_repetition(layout, count_grams(layout))}
     for n in range(1, 5):
         expected = text_metrics.mean_seq_rep_n(texts, n).value
         assert rows[f"seq_rep_{n}"].value == (None if expected is None else pytest.approx(expected, abs=1e-12))
@@ -50,7 +52,7 @@ def test_measured_means(texts):
 def test_by_hand():
     # abab: bigrams ab ba ab: 1 - 2/3; a single text of one token has no bigram and is left out.
     layout = layout_of([[1, 2, 1, 2], [5]])
-    row = measure_repetition(layout, gram_numbers(layout.corpus, 4))[1]
+    row = measure_repetition(layout, count_grams(layout))[1]
     assert row.value == pytest.approx(1 / 3) and row.counts.tolist() == [1, 0]
     assert row.settings["texts_too_short"] == 1
 
@@ -58,6 +60,15 @@ def test_by_hand():
 def test_samples_of_a_prompt_are_one_unit():
     samples = [Sample(3, "s", j, 0, text, "", "length") for j, text in enumerate([[1, 1], [1, 2]])]
     layout = Layout.of(samples, ScoringContext(10))
-    row = measure_repetition(layout, gram_numbers(layout.corpus, 4))[0]
+    row = measure_repetition(layout, count_grams(layout))[0]
     assert row.units == [3] and row.totals.tolist() == [0.5] and row.counts.tolist() == [2]
     assert np.isfinite(row.totals).all()
+
+
+@given(TEXTS, st.integers(1, 12), st.integers(1, 3))
+def test_counts_part_by_part_are_those_of_everything_at_once(texts, part_tokens, group_texts):
+    samples = [Sample(i // 2, "sample", i % 2, 0, text, "", "length") for i, text in enumerate(texts)]
+    layout = Layout.of(samples, ScoringContext(10, group_texts=group_texts))
+    whole, parts = count_grams(layout, 10**6), count_grams(layout, part_tokens)
+    for name in ("text_distinct", "text_total", "group_distinct", "group_total", "first_texts"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name)), name

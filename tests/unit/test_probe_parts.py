@@ -79,17 +79,18 @@ def test_uniform_numbers_depend_on_seed_and_prompt_and_not_on_the_global_state()
     assert ((first >= 0) & (first < 1)).all() and first.dtype == torch.float64
 
 
-def sample(ids, entropy=Mean(2.0, 2), index=0):
-    return Sample(index, "sample", [1], ids, "length", entropy)
+def sample(ids, entropy=Mean(2.0, 2), index=0, reason="length"):
+    return Sample(index, "sample", [1], ids, reason, entropy)
 
 
 def test_measure_weighs_tokens_and_texts_correctly():
-    samples = [sample([5, 5, 5, 5, 5], Mean(5.0, 5)), sample([6, 7], Mean(6.0, 2)), sample([], Mean(3.0, 1))]
+    samples = [sample([5, 5, 5, 5, 5], Mean(5.0, 5)), sample([6, 7], Mean(6.0, 2)), sample([], Mean(3.0, 1), reason="eos")]
     assert measure(samples, {5}, {7}) == {
         "entropy": 14.0 / 8,
         "seq_rep_4": 0.5,  # one text has two 4-grams, both the same; the others are too short
         "distinct_2": 2 / 5,
         "high_frequency_share": 5 / 6,
+        "end_rate": 1 / 3,
     }
 
 
@@ -99,6 +100,7 @@ def test_measures_that_do_not_exist_are_none():
         "seq_rep_4": None,
         "distinct_2": None,
         "high_frequency_share": None,
+        "end_rate": 0.0,
     }
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import parse_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPOSITORY / "launchers" / "recipes").glob("*.yaml"))
 #: What a recipe leaves to the command line, beside --output_dir: the name of a file to train on.
-DATA_FILES = {"smollm2_text": "corpus.txt", "smollm2_lora_chat": "chats.jsonl"}
+DATA_FILES = {"smollm2_text": "corpus.txt", "smollm2_tofu_neftune": "corpus.txt", "smollm2_governor": "corpus.txt",
+              "smollm2_lora_chat": "chats.jsonl"}  # fmt: skip
 
 
 @pytest.fixture
@@ -39,11 +41,14 @@ def test_recipe_parses_and_every_value_arrives(recipe, command_of):
     given = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     parts = [vars(command.model), vars(command.data), command.training]
     for key, value in given.items():
-        if key in ("stability_level", "deepspeed"):
+        if key in ("stability_level", "stability_target", "stability_objective", "deepspeed"):
             continue
         arrived = next(part[key] for part in parts if key in part)
         assert arrived == value, key
-    assert command.stability.max_level("feedback") > 0
+    objective = command.stability.to_dict()["objective"]
+    assert objective == given.get("stability_objective", {"name": "cross_entropy"}) | objective
+    assert command.stability.governed == ("stability_target" in given)
+    assert command.stability.active or objective["name"] != "cross_entropy"
     assert command.ds_config["zero_optimization"]["stage"] == 3
 
 
@@ -55,9 +60,23 @@ def test_recipe_says_how_to_run_it(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_command_line_wins_over_the_recipe(recipe, command_of):
-    command = command_of(recipe, "--stability_level", "0.125", "--block_size", "64")
-    assert command.stability.level == 0.125
+    governed = "stability_target" in yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    flags = ("--stability_target", "2.5") if governed else ("--stability_level", "0.125")
+    command = command_of(recipe, *flags, "--block_size", "64")
+    assert command.stability.controller.target == 2.5 if governed else command.stability.level == 0.125
     assert command.data.block_size == 64
+
+
+def test_a_level_and_a_target_exclude_each_other(command_of):
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "tiny_llama_governor")
+    with pytest.raises(UserError, match="--stability_level 0.5 and --stability_target 4.26 exclude each other"):
+        command_of(recipe, "--stability_level", "0.5")
+
+
+def test_a_governor_without_held_out_data_is_refused(command_of):
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "tiny_llama_governor")
+    with pytest.raises(UserError, match="measures on held-out text; give --validation_file"):
+        command_of(recipe, "--validation_split_percentage", "0")
 
 
 def test_level_of_the_text_recipe_is_a_schedule(command_of):

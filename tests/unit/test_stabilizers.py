@@ -1,5 +1,6 @@
 """The four families against their formulas in plain torch and numpy; the hooks on a plain torch optimizer."""
 
+import functools
 import json
 import math
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_stability import optimizer_hooks
 from ds_stability.config import REGULARIZATION_MAX as DEFAULT_MAX
 from ds_stability.controller import FeedbackController
 from ds_stability.histogram import histogram
@@ -296,6 +298,31 @@ def test_hooks_step_along_the_mean_and_pull_to_the_initial_weights():
         meter.clear()
         averaging.update(None)
     assert len(hooks.handles) == 2
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["adamw", "fused", "amsgrad", "sgd"])
+def test_the_update_of_adamw_is_known_without_a_copy_of_the_parameters(monkeypatch, kind, decay):
+    """Against the parameters before and after each step; other optimizers are measured by a copy."""
+    monkeypatch.setattr(optimizer_hooks, "PIECE", 2)
+    parameters, _ = make_run(2)
+    make = {"adamw": torch.optim.AdamW, "fused": functools.partial(torch.optim.AdamW, fused=True), "sgd": torch.optim.SGD,
+            "amsgrad": functools.partial(torch.optim.AdamW, amsgrad=True)}[kind]  # fmt: skip
+    optimizer = make([{"params": [p], "lr": lr} for p, lr in zip(parameters, (0.01, 0.003), strict=True)], weight_decay=decay)
+    meter = UpdateMeter(1, torch.device("cpu"))
+    hooks = OptimizerHooks(PlainGradients(parameters, optimizer), None, None, meter)
+    copies = []
+    monkeypatch.setattr(meter, "start", lambda index, p: (copies.append(index), UpdateMeter.start(meter, index, p)))
+    for step in range(4):
+        meter.prepare(step)
+        for p, g in zip(parameters, make_gradients(step), strict=True):
+            p.grad = g
+        before = [p.detach().double() for p in parameters]
+        optimizer.step()
+        update = sum(float((a - b.detach()).square().sum()) for a, b in zip(before, parameters, strict=True))
+        assert meter.sums.tolist() == pytest.approx([update, sum(float(b.square().sum()) for b in before)], rel=1e-4)
+        meter.clear()
+    assert len(copies) == (0 if kind in ("adamw", "fused") else 8) and len(hooks.handles) == 2
 
 
 def test_hooks_without_stabilizers_change_nothing_and_the_meter_can_be_off():

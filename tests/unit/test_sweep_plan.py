@@ -47,7 +47,7 @@ def test_every_shipped_sweep_is_planned_and_every_cell_is_a_command_line(file, t
     for cell in plan.cells:
         command = commands[cell.id]
         assert command.stability.level == cell.axes["level"] and command.training["seed"] == cell.axes["seed"]
-        assert command.stability.loss_path == "chunked"  # else level 0 would differ in more than its level
+        assert command.stability.loss_path == "linear"  # else level 0 would differ in more than its level
     assert not list(tmp_path.iterdir())  # nothing is written
 
 
@@ -137,6 +137,16 @@ def test_a_whole_key_replaces_the_keys_beneath_it(plan_of):
     flags = {**BASE, "stability.stabilizers.clipping.level": 0.5}
     cell = plan_of(flags=flags, arms={"none": {"flags": {"stability.stabilizers": {}}}}).cells[0]
     assert cell.block == {"stabilizers": {}}
+
+
+def test_objectives_are_an_axis_by_name_or_with_their_keys(plan_of, tmp_path):
+    named = {"focal1": {"stability.objective": {"name": "focal", "gamma": 1.0}}, "tofu": {"stability_objective": "tofu"}}
+    for grid in ({"stability.objective": ["cross_entropy", "gem", {"name": "focal", "gamma": 1}]}, {"objective": named}):
+        plan = plan_of(grid=grid)
+        commands = check_cells(plan, tmp_path / "runs")
+        names = {command.stability.objective.name for command in commands.values()}
+        assert names == ({"focal", "tofu"} if "objective" in grid else {"cross_entropy", "gem", "focal"})
+        assert len(set(commands)) == len(plan.cells) == len(names)
 
 
 def test_references_are_ordered_resolved_and_part_of_the_id(plan_of):

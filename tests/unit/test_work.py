@@ -34,7 +34,7 @@ class Squares:
 
 
 def merge_text(tasks, journal):
-    return json.dumps(merged(tasks, journal), ensure_ascii=False)
+    return json.dumps({name: list(rows) for name, rows in merged(tasks, journal).items()}, ensure_ascii=False)
 
 
 def do(tmp_path, tasks, ranks=None, label="cell"):

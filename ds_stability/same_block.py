@@ -1,0 +1,33 @@
+"""Whether a checkpoint was written under the stability block that a run has."""
+
+from ds_stability.errors import StabilityConfigError
+
+
+def training_part(block: dict) -> dict:
+    """The block without what only looks on: a run may be resumed with another probe."""
+    return {key: value for key, value in block.items() if key not in ("probe", "alarm", "max_skipped_steps")}
+
+
+def require_same_block(old: dict, new: dict) -> None:
+    """Raises StabilityConfigError where a checkpoint's block `old` is not the run's block `new`."""
+    if old["loss_path"] != new["loss_path"]:
+        raise StabilityConfigError(
+            f"the checkpoint was written with stability.loss_path {old['loss_path']!r} and this run has {new['loss_path']!r}, which "
+            f'rounds differently; set stability.loss_path to "{old["loss_path"]}" to resume'
+        )
+    if old != new:
+        raise StabilityConfigError(
+            f"the checkpoint was written with another stability block ({difference(old, new)})"
+            "; resume with the same block (a level that changes over time is a schedule: [[step, level], ...])"
+        )
+
+
+def difference(old: dict, new: dict, path: str = "stability") -> str:
+    """The first key in which two blocks differ, as text."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            return difference(a, b, f"{path}.{key}")
+        if a != b:
+            return f"{path}.{key}: {a!r} there, {b!r} here"
+    return "no difference"

@@ -1,0 +1,37 @@
+"""The benchmark of docs/performance.md from end to end, with real engines, in its quick form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ARMS = ("plain DeepSpeed", "level 0", "level 0.5", "level 0.5, all four stabilizers")
+
+
+def test_quick_benchmark(tmp_path, torch_extensions):
+    import os
+
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": torch_extensions,
+    }
+    command = [sys.executable, REPOSITORY / "benchmarks" / "performance.py", "--quick", "--output", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    body = json.loads((tmp_path / "performance.json").read_text())
+    case = body["cases"]["quick"]
+    for name in ARMS:
+        assert len(case["arms"][name]["seconds"]) == case["rounds"] and min(case["arms"][name]["seconds"]) > 0, name
+    for name in ARMS[1:]:  # the step's one collective of ours
+        assert [
+            (operation, calls) for operation, size, calls in case["arms"][name]["messages"]["extra"] if size <= 4096
+        ] == [("all_reduce", 1)], name
+    plain, ours = (case["arms"][name]["memory"] for name in (ARMS[0], ARMS[2]))
+    logits = 4 * case["batch_size"] * case["block_size"] * case["model"]["vocab_size"]  # fp32
+    assert logits < plain["activation"] < 40 * logits and ours["activation"] > 0 and plain["held"] < plain["peak"]
+    assert case["arms"]["Liger, fused loss"]["not_run"] == "no CUDA" and body["growth"]["vocabulary"]["slopes"]
+    assert "Not measured" not in (tmp_path / "performance.md").read_text().split("## On one GPU")[0]
+    assert "[1 of 4]" in done.stdout and "left in all" in done.stdout

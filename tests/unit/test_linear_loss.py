@@ -1,0 +1,293 @@
+"""Oracles: the law on full fp64 logits with plain autograd, finite differences."""
+
+import math
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_stability import linear_loss as module
+from ds_stability.controller import Setting
+from ds_stability.linear_loss import LogitTransform, LossSpec, linear_loss
+from ds_stability.loss import cross_entropy
+from ds_stability.stabilizers.regularization import label_smoothing_objective, z_loss_objective
+
+TOKENS, HIDDEN, VOCAB = 23, 12, 37
+SETTING = Setting(gain=1.3, mu=3.0, sigma=0.9, mean_weight=1.7)
+CHUNKS = [1, 5, TOKENS, 1000, None]
+OBJECTIVES = {"cross_entropy": cross_entropy, "z_loss": z_loss_objective(0.3), "smoothing": label_smoothing_objective(0.2)}
+TRANSFORMS = {"plain": LogitTransform(), "scaled": LogitTransform(0.125), "capped": LogitTransform(1.0, 3.0),
+              "both": LogitTransform(0.5, 2.0)}  # fmt: skip
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def make_head(seed=0, dtype=torch.float32, bias=True, supervised=0.7, scale=1.0, tokens=TOKENS):
+    rng = torch.Generator().manual_seed(seed)
+    hidden = (scale * torch.randn(tokens, HIDDEN, generator=rng)).to(dtype).requires_grad_()
+    weight = (0.5 * torch.randn(VOCAB, HIDDEN, generator=rng)).to(dtype).requires_grad_()
+    extra = torch.randn(VOCAB, generator=rng).to(dtype).requires_grad_() if bias else None
+    targets = torch.randint(VOCAB, (tokens,), generator=rng)
+    targets[torch.rand(tokens, generator=rng) >= supervised] = -100
+    if tokens:
+        targets[0] = 3
+    return hidden, weight, extra, targets
+
+
+def transformed(transform, logits):
+    logits = logits * transform.scale
+    return logits if transform.softcap is None else torch.tanh(logits / transform.softcap) * transform.softcap
+
+
+def oracle(hidden, weight, bias, targets, spec, detach_logits=None):
+    """(loss, gradients, statistics by name) from full fp64 logits; only supervised tokens."""
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    raw = F.linear(leaves[0], leaves[1], leaves[2] if bias is not None else None)
+    mask = targets != -100
+    logits, labels = transformed(spec.transform, raw)[mask], targets[mask]
+    log_p = logits.log_softmax(-1)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)
+    surprisal = -log_p.gather(1, labels[:, None])[:, 0]
+    s = spec.setting
+    weights = torch.exp(-s.gain * ((surprisal.detach() - s.mu) / s.sigma).clamp(-3, 3))
+    value = spec.objective(logits, labels) + spec.entropy_coefficient * entropy
+    loss = (weights / s.mean_weight * value).sum()
+    high = log_p.exp() @ spec.high_frequency_V.double() if spec.high_frequency_V is not None else torch.zeros(len(labels))
+    statistics = {"surprisal": surprisal, "entropy": entropy, "top1_mass": log_p.exp().amax(-1), "weight": weights,
+                  "log_partition": logits.logsumexp(-1), "high_frequency_mass": high, "objective": value}  # fmt: skip
+    gradients = torch.autograd.grad(loss, leaves)
+    return loss.detach(), gradients, {name: found.detach() for name, found in statistics.items()}
+
+
+def close(found, wanted, tolerance, name=""):
+    top = float(wanted.abs().max()) if wanted.numel() else 0.0
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance * top + 1e-12,
+                               msg=lambda text: f"{name}: {text}")  # fmt: skip
+
+
+def check(spec, seed=0, tolerance=None, upstream=1.0, **kinds):
+    hidden, weight, bias, targets = make_head(seed, **kinds)
+    loss, _, tokens = linear_loss(hidden, weight, bias, targets, spec)
+    leaves = [t for t in (hidden, weight, bias) if t is not None]
+    gradients = torch.autograd.grad(loss * upstream, leaves)
+    wanted_loss, wanted_gradients, statistics = oracle(hidden, weight, bias, targets, spec)
+    tolerance = tolerance or ROUNDING[hidden.dtype]
+    close(loss, wanted_loss, tolerance, "loss")
+    for name, wanted in statistics.items():
+        found = tokens[name][tokens.mask_N]
+        assert found.dtype == torch.float32
+        # Half-precision logits are rounded by the head's own product: an absolute error in nats.
+        close(found, wanted, tolerance if hidden.dtype == torch.float32 else 8 * tolerance, name)
+    for leaf, found, wanted in zip(leaves, gradients, wanted_gradients, strict=True):
+        assert found.dtype == leaf.dtype and found.shape == leaf.shape
+        close(found, wanted * upstream, tolerance if hidden.dtype == torch.float32 else 4 * tolerance, "gradient")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 10**6), st.sampled_from(CHUNKS), st.floats(-2.0, 4.0), st.floats(0.5, 5.0), st.floats(0.3, 3.0),
+    st.floats(0.1, 1.0), st.booleans(), st.booleans(), st.sampled_from(sorted(OBJECTIVES)), st.sampled_from(sorted(TRANSFORMS)),
+    st.sampled_from([0.0, 0.2, -0.7]), st.sampled_from([1, 3 * VOCAB, 2**18]),
+)  # fmt: skip
+def test_loss_gradients_and_statistics_are_the_law(
+    seed, chunk, gain, mu, sigma, supervised, bias, high, objective, transform, entropy, work
+):
+    spec = LossSpec(Setting(gain, mu, sigma, 0.5 + supervised), OBJECTIVES[objective], entropy, TRANSFORMS[transform],
+                    (torch.arange(VOCAB) % 3 == 0).float() if high else None, chunk)  # fmt: skip
+    with mock.patch.object(module, "WORK_ELEMENTS", {"cpu": work}):  # parts of one row, of three, of a whole chunk
+        check(spec, seed, bias=bias, supervised=supervised)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("chunk", "work"), [(5, 2**18), (None, 3 * VOCAB), (None, 2**18)])
+def test_half_precision_to_its_rounding(monkeypatch, dtype, transform, chunk, work):
+    monkeypatch.setattr(module, "WORK_ELEMENTS", {"cpu": work})
+    spec = LossSpec(SETTING, transform=TRANSFORMS[transform], chunk_size=chunk, entropy_coefficient=0.1)
+    check(spec, 2, dtype=dtype, upstream=64.0)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "z_loss"])
+@pytest.mark.parametrize("transform", ["plain", "both"])
+def test_a_half_precision_head_is_summed_in_fp32(monkeypatch, transform, objective):
+    """256 tiles of two tokens, 511 chunks: a bf16 running sum would stop growing. Blocks of 19 and 18 of the vocabulary."""
+    monkeypatch.setattr(module, "TILE_TOKENS", 2)
+    spec = LossSpec(SETTING, OBJECTIVES[objective], 0.2, TRANSFORMS[transform], chunk_size=1)
+    check(spec, 3, dtype=torch.bfloat16, tokens=511, tolerance=2**-8)
+
+
+def test_fp16_gradients_below_its_range_survive_a_loss_scale():
+    """A mean over many tokens needs the loss scale in fp16: it must reach the gradients before they are rounded."""
+    hidden, weight, bias, targets = make_head(4, torch.float16)
+    spec = LossSpec()
+    for upstream in (2.0**15 / 1e6, 2.0**-12):
+        loss, _, _ = linear_loss(hidden, weight, bias, targets, spec)
+        gradients = torch.autograd.grad(loss * upstream, (hidden, weight))
+        wanted = oracle(hidden, weight, bias, targets, spec)[1]
+        for found, exact in zip(gradients, wanted, strict=False):
+            close(found, exact * upstream, 2**-7)
+
+
+class _Fresh(torch.autograd.Function):
+    """gradcheck walks a graph several times; the linear loss allows one."""
+
+    @staticmethod
+    def forward(ctx, spec, targets, *leaves):
+        ctx.save_for_backward(*leaves)
+        ctx.spec, ctx.targets = spec, targets
+        return linear_loss(leaves[0], leaves[1], leaves[2], targets, spec)[0]
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            loss = linear_loss(*leaves, ctx.targets, ctx.spec)[0]
+        return None, None, *torch.autograd.grad(loss, leaves, grad_output)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("entropy", [0.0, 0.4])
+def test_gradcheck(transform, objective, entropy):
+    """Gain 0: the weights carry no gradient, which finite differences would see."""
+    hidden, weight, bias, targets = (t.detach().double() if t.is_floating_point() else t for t in make_head(5, tokens=4))
+    spec = LossSpec(Setting(mean_weight=1.3), OBJECTIVES[objective], entropy, TRANSFORMS[transform], chunk_size=3)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *x: _Fresh.apply(spec, targets, *x), leaves, fast_mode=True)
+
+
+def test_a_padded_vocabulary_of_minus_infinity():
+    hidden, weight, bias, targets = make_head(6)
+    with torch.no_grad():
+        bias[-5:] = -math.inf
+        targets[targets >= VOCAB - 5] = 1
+    spec = LossSpec(SETTING, entropy_coefficient=0.3, high_frequency_V=torch.ones(VOCAB), chunk_size=4)
+    loss, _, tokens = linear_loss(hidden, weight, bias, targets, spec)
+    padded = torch.autograd.grad(loss, (hidden, weight, bias))
+    short = [hidden, weight[:-5].detach().requires_grad_(), bias[:-5].detach().requires_grad_()]
+    wanted_loss, wanted, statistics = oracle(*short, targets, LossSpec(SETTING, entropy_coefficient=0.3))
+    close(loss, wanted_loss, 1e-5)
+    close(tokens["entropy"][tokens.mask_N], statistics["entropy"], 1e-5)
+    close(tokens["high_frequency_mass"][tokens.mask_N], torch.ones(len(statistics["entropy"])), 1e-5)
+    close(padded[0], wanted[0], 1e-5)
+    for found, exact in zip(padded[1:], wanted[1:], strict=True):
+        close(found[:-5], exact, 1e-5)
+        assert torch.equal(found[-5:], torch.zeros_like(found[-5:]))
+
+
+@pytest.mark.parametrize("targets", [torch.full((TOKENS,), -100), torch.empty(0, dtype=torch.long)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_supervised_gives_zero_and_zero_gradients(targets, dtype):
+    hidden, weight, bias, _ = make_head(7, dtype, tokens=len(targets))
+    loss, _, tokens = linear_loss(hidden, weight, bias, targets, LossSpec(SETTING))
+    assert loss == 0 and not tokens.mask_N.any()
+    for gradient in torch.autograd.grad(loss, (hidden, weight, bias)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("ignored", [-1, -7, 10**6])
+def test_another_ignore_index(ignored):
+    hidden, weight, bias, targets = make_head(8)
+    loss, _, _ = linear_loss(hidden, weight, bias, targets.masked_fill(targets == -100, ignored), LossSpec(SETTING), ignored)
+    close(loss, oracle(hidden, weight, bias, targets, LossSpec(SETTING))[0], 1e-5)
+
+
+def test_collapsed_and_extreme_logits_keep_their_small_numbers():
+    """A collapsed model: entropy of 1e-5 nats and less, to the accuracy of its fp32 logits; surprisal beyond exp's range."""
+    hidden, weight, _, targets = make_head(9, scale=60.0, bias=False)
+    raw = (hidden @ weight.t()).detach()  # the rounding of the product is not ours: compare from these logits
+    eye = torch.eye(VOCAB).requires_grad_()
+    loss, _, tokens = linear_loss(raw, eye, None, targets, LossSpec())
+    wanted_loss, _, statistics = oracle(raw, eye, None, targets, LossSpec())
+    close(loss, wanted_loss, 1e-5)
+    for name in ("entropy", "surprisal", "top1_mass", "log_partition"):
+        found = tokens[name][tokens.mask_N].double()
+        torch.testing.assert_close(found, statistics[name], rtol=1e-4, atol=1e-12 if name == "surprisal" else 1e-7)
+    assert statistics["entropy"].min() < 1e-5 and statistics["surprisal"].max() > 104
+
+
+def test_a_lost_step_is_seen_in_every_gradient():
+    hidden, weight, bias, targets = make_head(10)
+    with torch.no_grad():
+        bias[int(targets[0])] = -math.inf  # infinite surprisal, finite softmax
+    loss, _, _ = linear_loss(hidden, weight, bias, targets, LossSpec())
+    assert not loss.isfinite()
+    gradients = torch.autograd.grad(loss, (hidden, weight, bias))
+    assert gradients[0][targets != -100].isnan().all() and all(g.isnan().all() for g in gradients[1:])
+
+
+def test_only_what_needs_a_gradient_gets_one_and_the_graph_is_walked_once():
+    hidden, weight, bias, targets = make_head(11)
+    loss, _, _ = linear_loss(hidden, weight.detach(), bias.detach(), targets, LossSpec(SETTING))
+    (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    close(gradient, oracle(hidden, weight, bias, targets, LossSpec(SETTING))[1][0], 1e-5)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        torch.autograd.grad(loss, hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unsupervised_rows_cost_nothing_on_a_cpu_and_change_nothing(monkeypatch, dtype):
+    def backwards(weight_N, mask_N):
+        return torch.full_like(weight_N, torch.nan).masked_scatter(mask_N, weight_N[mask_N].flip(0))
+
+    def run():
+        hidden, weight, bias, targets = make_head(12, dtype, supervised=0.4)
+        spec = LossSpec(SETTING, chunk_size=4, permute=backwards)
+        loss, _, tokens = linear_loss(hidden, weight, bias, targets, spec)
+        return [loss, *torch.autograd.grad(loss, (hidden, weight, bias))], tokens
+
+    left_out, few = run()
+    monkeypatch.setattr(module, "_supervised_rows", lambda mask_N: None)  # as on an accelerator
+    computed, all_of_them = run()
+    assert few.mask_N.all() and len(few.mask_N) == int(all_of_them.mask_N.sum()) < TOKENS
+    torch.testing.assert_close(few.values_KN, all_of_them.values_KN[:, all_of_them.mask_N], rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(left_out, computed, strict=True):
+        close(found, wanted, 1e-5 if dtype == torch.float32 else 2**-6)
+
+
+def test_autocast_casts_what_linear_would():
+    hidden, weight, bias, targets = make_head(12)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, tokens = linear_loss(hidden, weight, bias, targets, LossSpec(SETTING))
+    halves = [t.detach().bfloat16().requires_grad_() for t in (hidden, weight, bias)]
+    wanted, _, _ = linear_loss(*halves, targets, LossSpec(SETTING))
+    assert torch.equal(loss, wanted) and tokens["entropy"].dtype == torch.float32
+    for found, exact in zip(torch.autograd.grad(loss, (hidden, weight, bias)), torch.autograd.grad(wanted, halves), strict=True):
+        assert found.dtype == torch.float32
+        close(found, exact.float(), 2**-8)
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_made():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.numel():
+                    self.seen = max(self.seen, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return result
+
+    for objective in OBJECTIVES.values():
+        hidden, weight, bias, targets = make_head(13, tokens=500)
+        with Largest() as mode:
+            loss, _, _ = linear_loss(hidden, weight, bias, targets, LossSpec(SETTING, objective, chunk_size=16))
+            torch.autograd.grad(loss, (hidden, weight, bias))
+        assert mode.seen <= max(500 * HIDDEN, 500 * len(module.FIELDS)) < 500 * VOCAB
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "vocab", "gib", "wanted"),
+    [(torch.bfloat16, 8192, 151_936, 80, 512), (torch.float32, 2048, 151_936, 16, 205), (torch.bfloat16, 100, 2048, 80, 100),
+     (torch.bfloat16, 4096, 256_000, 1, 64)],
+)  # fmt: skip
+def test_chunks_on_cuda_are_chosen_from_its_memory(monkeypatch, dtype, tokens, vocab, gib, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30))
+    hidden = SimpleNamespace(shape=(tokens, 4), device=SimpleNamespace(type="cuda"), dtype=dtype)
+    assert module.chunk_tokens(hidden, vocab, None) == wanted
+    assert module.chunk_tokens(hidden, vocab, 7) == 7
