@@ -200,3 +200,9 @@ class Watch:
                 self.active ^= {cause}
                 begun += [cause] if sentence else []
         return begun
+
+    def state_dict(self) -> dict:
+        return {"active": sorted(self.active), "runs": dict(self._runs)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.active, self._runs = set(state["active"]), dict(state["runs"])

@@ -15,8 +15,9 @@ def _path(value: str) -> str:
 
 
 class AlarmConfig(Section):
-    action: Literal["off", "warn", "stop"] = Field(
-        "off", description="at every probe: nothing, a warning, or a warning and, for collapse, a checkpoint and the end of the run"
+    action: Literal["off", "warn", "stop", "govern"] = Field(
+        "off", description="at every probe: nothing; a warning; for collapse also a checkpoint and the end of the run (stop), or the start "
+        "of a governor that waits for it (govern)",
     )
     reference_file: Annotated[str, Field(min_length=1), AfterValidator(_path)] | None = Field(
         None, description="text file that the bands are taken from; null = the held-out text of launchers/train.py"

@@ -202,6 +202,11 @@ class StabilityConfig(Section):
             raise InvalidValue(
                 ".probe.interval", 0, 'an integer from 1 where alarm.action is not "off", as the alarm reads the probe\'s texts'
             )
+        waits = self.governed and self.controller.start == "alarm"
+        if self.alarm.action == "govern" and not waits:
+            raise InvalidValue(
+                ".alarm.action", "govern", '"off", "warn" or "stop" unless controller.mode is "governor" and controller.start is "alarm"'
+            )
         return self
 
     @classmethod

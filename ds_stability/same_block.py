@@ -5,7 +5,8 @@ from ds_stability.errors import StabilityConfigError
 
 def training_part(block: dict) -> dict:
     """The block without what only looks on: a run may be resumed with another probe."""
-    return {key: value for key, value in block.items() if key not in ("probe", "alarm", "max_skipped_steps")}
+    onlookers = ("max_skipped_steps",) if block["alarm"]["action"] == "govern" else ("probe", "alarm", "max_skipped_steps")
+    return {key: value for key, value in block.items() if key not in onlookers}
 
 
 def require_same_block(old: dict, new: dict) -> None:

@@ -97,6 +97,7 @@ class Stability:
         self.stop_requested = False
         self.listeners: list[Callable[[int, dict], None]] = []
         self.recorder = self.probe = self.alarm = None
+        self.alarm_state: dict | None = None  # of a checkpoint, for the alarm that is still to be made
         self.started = time.perf_counter()
         self._prepare()
 
@@ -370,6 +371,7 @@ class Stability:
             "stabilizers": {name: part.state_dict() for name, part in self.stabilizers.items()},
             "measures": self.measures.state_dict(),
             "update_meter": pending.tolist(),
+            "alarm": self.alarm_state if self.alarm is None else self.alarm.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -385,6 +387,9 @@ class Stability:
             setattr(self, name, state[name])
         for name, part in self.stabilizers.items():
             part.load_state_dict(state["stabilizers"][name])
+        self.alarm_state = state["alarm"]
+        if self.alarm is not None and self.alarm_state is not None:
+            self.alarm.load_state_dict(self.alarm_state)
         self.measures = StabilityMeasures.from_state_dict(state["measures"])
         self.meter.clear()
         if dist.get_rank(group=self.group) == 0:  # the sums are global already: one rank brings them in again

@@ -96,6 +96,8 @@ class Alarm:
         self.stop, self.said = False, ""
         self.end_ids = torch.tensor(probe.end_ids, dtype=torch.long, device=self.engine.device)
         self.counts = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
+        if stability.alarm_state is not None:
+            self.load_state_dict(stability.alarm_state)
 
     @torch.no_grad()
     def watch(self, inputs: dict) -> None:
@@ -126,9 +128,28 @@ class Alarm:
             self.said = f"step {step}: {sentences[cause]}"
             if dist.get_rank() == 0:
                 logger.warning(f"alarm at {self.said}")
-            self.stop |= cause == "collapse" and self.config.action == "stop"
+            if cause == "collapse":
+                self._act()
         tags = {f"alarm/{cause}": int(cause in self.watch_state.active) for cause in CAUSES}
         return {**tags, "alarm/reference_cross_entropy": cross_entropy, "alarm/reference_entropy": entropy}
+
+    def _act(self) -> None:
+        if self.config.action == "stop":
+            self.stop = True
+        elif self.config.action == "govern":
+            self.engine.stability.start_governor()  # which has begun already, at a second collapse
+
+    def state_dict(self) -> dict:
+        """JSON-ready, the same on every rank. Collective."""
+        totals = self.counts.clone()
+        dist.all_reduce(totals, group=self.engine.seq_data_parallel_group)
+        return {"watch": self.watch_state.state_dict(), "counts": totals.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.watch_state.load_state_dict(state["watch"])
+        self.counts.zero_()
+        if dist.get_rank() == 0:  # the counts are global already: one rank brings them in again
+            self.counts += torch.tensor(state["counts"], dtype=torch.float64, device=self.counts.device)
 
     def _score(self) -> tuple[float | None, float | None]:
         """(cross-entropy, predictive entropy) of the model on the pieces of the reference text, nats a token."""

@@ -1,6 +1,7 @@
 """The bands of the reference text, each row of the decision table, and the patience of the warnings."""
 
 import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from ds_stability.alarm import CAUSES, MIN_PIECES, Band, Bands, Reading, Watch, 
 from ds_stability.alarm_config import AlarmConfig
 from ds_stability.config import StabilityConfig
 from ds_stability.errors import AlarmStoppedError, StabilityConfigError, StoppedError, UserError
+from ds_stability.integrations import alarm as alarm_module
 from ds_stability.integrations.alarm import Alarm, Piece, blocks_of_file, cut_pieces
+from ds_stability.same_block import training_part
 from ds_stability.tags import TAGS
 
 CONFIG = AlarmConfig()
@@ -182,9 +185,15 @@ def test_a_stop_by_the_alarm_has_a_code_of_its_own():
     assert issubclass(AlarmStoppedError, StoppedError) and AlarmStoppedError.exit_code == 4 != StoppedError.exit_code
 
 
-def make_alarm(blocks):
-    alarm_config = StabilityConfig.parse({"alarm": {"action": "warn"}, "probe": {"interval": 5}}).resolve(pretrained=False)
-    engine = SimpleNamespace(stability=SimpleNamespace(config=alarm_config), device="cpu")
+GOVERN = {"alarm": {"action": "govern"}, "controller": {"mode": "governor", "start": "alarm", "warmup_steps": 100}}
+
+
+def make_alarm(blocks, block=None, state=None):
+    block = {"alarm": {"action": "warn"}} if block is None else block
+    alarm_config = StabilityConfig.parse({**block, "probe": {"interval": 5}}).resolve(pretrained=False)
+    started = []
+    stability = SimpleNamespace(config=alarm_config, alarm_state=state, start_governor=lambda: started.append(1), started=started)
+    engine = SimpleNamespace(stability=stability, device="cpu", seq_data_parallel_group=None)
     probe = SimpleNamespace(engine=engine, config=SimpleNamespace(max_new_tokens=4), end_ids=[9], prompts=[[1]] * 3,
                             high_frequency_ids=None, tokenizer=SimpleNamespace(all_special_ids=[9]))  # fmt: skip
     return Alarm(probe, blocks, 2)
@@ -199,6 +208,46 @@ def test_end_tokens_are_counted_among_inputs_and_labels():
     alarm.watch({"input_ids": ids, "labels": labels, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])})
     alarm.watch({"input_ids": ids})  # no labels: nothing is trained on
     assert alarm.counts.tolist() == [4 + 3, 8 + 7, 2 + 2, 5 + 5]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A process group of one, and a model whose reference text is as it should be."""
+    monkeypatch.setattr(alarm_module.dist, "all_reduce", lambda tensor, group=None: None)
+    monkeypatch.setattr(alarm_module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(Alarm, "_score", lambda self: (4.0, 4.0))
+
+
+COLLAPSED = {"probe/sample/entropy": 0.1, "probe/sample/seq_rep_4": 0.9, "probe/sample/high_frequency_share": 1.0, "probe/sample/end_rate": 0.5}
+
+
+@pytest.mark.parametrize("block", [GOVERN, {"alarm": {"action": "stop"}}, {"alarm": {"action": "warn"}}])
+def test_what_a_collapse_does(alone, block):
+    alarm = make_alarm([list(range(60))], block)
+    assert alarm.check(99, COLLAPSED) == {}  # in the warm-up
+    for step in (100, 105, 110):
+        done = (bool(alarm.engine.stability.started), alarm.stop)
+        assert done == ((False, False) if step < 110 else (block is GOVERN, block["alarm"]["action"] == "stop"))
+        alarm.check(step, COLLAPSED)
+    assert alarm.said.startswith("step 105: collapse: ") and len(alarm.engine.stability.started) == (block is GOVERN)
+
+
+def test_a_resumed_run_goes_on_counting(alone):
+    alarm = make_alarm([list(range(60))], GOVERN)
+    alarm.watch({"input_ids": torch.tensor([[1, 9]]), "labels": torch.tensor([[-100, 9]])})
+    alarm.check(100, COLLAPSED)
+    resumed = make_alarm([list(range(60))], GOVERN, json.loads(json.dumps(alarm.state_dict())))
+    assert resumed.counts.tolist() == alarm.counts.tolist() == [1, 2, 1, 1]
+    assert resumed.check(105, COLLAPSED) == alarm.check(105, COLLAPSED)
+    assert resumed.engine.stability.started == [1] and resumed.watch_state.active == {"collapse"}
+
+
+def test_a_governor_is_started_only_where_one_waits():
+    for controller in ({}, {"mode": "governor"}):
+        with pytest.raises(StabilityConfigError, match=r'stability.alarm.action: "govern" is not allowed.*controller.start is "alarm"'):
+            StabilityConfig.parse({"alarm": {"action": "govern"}, "controller": controller, "probe": {"interval": 5}})
+    blocks = [StabilityConfig.parse({**GOVERN, "probe": {"interval": 5, "num_prompts": n}}).to_dict() for n in (4, 8)]
+    assert training_part(blocks[0]) != training_part(blocks[1])  # the probe decides when it starts
 
 
 def test_too_short_a_reference_text_is_one_line(tmp_path):
