@@ -1,8 +1,8 @@
 """Counts what would make a GPU's host wait: a tensor's value asked for by Python.
 
 On a CPU nothing waits, but the questions are the same: `item`, `bool`, `float`, `int` and indexing by a tensor's value all
-dispatch `aten::_local_scalar_dense`; `cpu`, `numpy` and `tolist` are Tensor methods, watched by name; the number of
-non-zero elements decides a shape.
+dispatch `aten::_local_scalar_dense`; `cpu` and `tolist` are Tensor methods, watched by name (`numpy` takes host tensors only);
+the number of non-zero elements decides a shape.
 """
 
 import traceback
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 OPERATORS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default,
              torch.ops.aten.masked_select.default, torch.ops.aten.equal.default}  # fmt: skip
-METHODS = ("cpu", "numpy", "tolist")
+METHODS = ("cpu", "tolist")
 
 
 class HostSyncs(TorchDispatchMode):
