@@ -82,7 +82,7 @@ def test_modes_come_back_after_an_error():
 def test_batches_are_taken_apart_and_cut_at_the_size():
     batch = {"input_ids": torch.arange(12).view(3, 4), "labels": torch.arange(12).view(3, 4), "extra": ["a"]}
     rows = first_rows([batch, batch], 5)
-    assert [row["input_ids"].tolist() for row in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] + [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [row["input_ids"].tolist() for row in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [0, 1, 2, 3], [4, 5, 6, 7]]
     assert set(rows[0]) == {"input_ids", "labels"}
 
 
