@@ -60,8 +60,7 @@ def compilation(request, tmp_path_factory):
         process = subprocess.Popen([sys.executable, "-c", COMPILE], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield folder, process
     if process is not None:
-        process.kill()
-        process.wait()
+        process.wait()  # killed, it would leave a lock behind for which all later ones wait
 
 
 @pytest.fixture(scope="session")
