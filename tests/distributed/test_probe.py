@@ -71,7 +71,7 @@ def test_metrics_are_the_same_on_every_rank_and_complete(two_ranks, case):
     first, second = two_ranks[0][case]
     assert first["metrics"] == second["metrics"]
     assert sorted(map(int, first["metrics"])) == [2, 4, 6]
-    names = ("entropy", "seq_rep_4", "distinct_2", "high_frequency_share")
+    names = ("entropy", "seq_rep_4", "distinct_2", "high_frequency_share", "end_rate")
     expected = {f"probe/{decoding}/{name}" for decoding in ("sample", "greedy") for name in names}
     for metrics in first["metrics"].values():
         assert set(metrics) == expected
