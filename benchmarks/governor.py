@@ -36,7 +36,7 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     rows, cells, scored = [], [], 0.0
     for seed in arguments.seeds:
-        plain = make_cell("plain", seed, {"loss_path": "chunked"}, arguments, output)
+        plain = make_cell("plain", seed, {"loss_path": "linear"}, arguments, output)
         run, began = training.train_cells([plain], output, arguments.num_gpus)[plain.name], time.monotonic()
         natural = score(run, seed, None, None, None)
         scored += time.monotonic() - began

@@ -54,6 +54,7 @@ from ds_stability.launchers.sweep_values import (
     same,
 )
 from ds_stability.launchers.sweep_yaml import check_keys, load_document, mapping, read_yaml
+from ds_stability.objectives.config import parse_objective_flag
 from ds_stability.safe_read import parse_yaml
 from ds_stability.schedule import parse_level_flag
 
@@ -67,7 +68,6 @@ DEFAULT_SEED = 42  # transformers.TrainingArguments
 HASH_DIGITS = 8
 NEXT = "next"
 _REFERENCE = re.compile(r"\{cell:([^{}]*)\}")
-from ds_stability.objectives.config import parse_objective_flag
 
 
 @dataclass(frozen=True)

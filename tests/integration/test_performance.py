@@ -1,17 +1,19 @@
 """The benchmark of docs/performance.md from end to end, with real engines, in its quick form."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ARMS = ("plain DeepSpeed", "level 0", "level 0.5", "level 0.5, all four stabilizers")
 
 
+@pytest.mark.slow
 def test_quick_benchmark(tmp_path, torch_extensions):
-    import os
-
     environment = {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
