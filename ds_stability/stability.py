@@ -90,7 +90,6 @@ class Stability:
         self.noise = None
         if self.config.statistics.gradient_noise_scale and self.loss is not None:
             self.noise = MicroGradientMeter(engine.module, self.device, engine.seq_dp_world_size)
-            self.loss.on_backward = self.noise.start
         self.applied_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.metrics: dict[str, float | None] = {}
         self.stop_wish: Callable[[], bool] = lambda: False
@@ -218,6 +217,8 @@ class Stability:
             stabilizer.prepare(self.applied_steps, self.loss)
         self.own_text = self.preparation is not None and self.preparation.on_own_text(self.engine.global_steps)
         self.loss.measure &= not self.own_text
+        # The noise scale needs the tokens' statistics; without them its norms, a pass over all gradients, would be for nothing.
+        self.loss.on_backward = self.noise.start if self.noise is not None and self.loss.measure else None
 
     def before_forward(self, inputs: dict) -> dict:
         """The keyword arguments with which a training forward is to run; called with those that it was given."""
