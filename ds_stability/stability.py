@@ -161,7 +161,7 @@ class Stability:
         if path == "linear":
             from ds_stability.fused_head import fuse_head  # imports transformers
 
-            fuse_head(model, loss, engine.module)
+            fuse_head(model, loss, engine.module, frozenset(hook_ids(engine)))
         model.loss_function = loss
         return loss
 
