@@ -17,6 +17,7 @@ from ds_stability.console import agree
 from ds_stability.controller import FeedbackController, Setting
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
+from ds_stability.gathered import hook_ids
 from ds_stability.gradients import reduced_gradients, squared_norm
 from ds_stability.held_out import GovernorProbe
 from ds_stability.histogram import NUM_BINS
