@@ -9,10 +9,10 @@ backward is [tokens, hidden] and [vocab, hidden], the latter in the head's own d
 
 Half precision computes the logits once more, block of the vocabulary by block, see `_Pass`: it is faster and smaller there.
 
-Memory beyond that: one chunk in the head's dtype and two fp32 work buffers (three with a soft-cap), of the chunk's size on an
-accelerator and of a fixed small one on a CPU, where what stays in the cache is twice as fast. Like Liger's fused linear
-cross-entropy (arXiv 2410.10989) this divides nothing by the token count, so that `grad_output` alone scales, and fp16 neither
-under- nor overflows.
+Memory beyond that: one chunk in the head's dtype and fp32 work buffers (one for an fp32 head, two in half precision, one more
+with a soft-cap), of the chunk's size on an accelerator and of a fixed small one on a CPU, where what stays in the cache is twice
+as fast. Like Liger's fused linear cross-entropy (arXiv 2410.10989) this divides nothing by the token count: `grad_output` alone
+scales. fp16 factors of a product are brought to a size that neither under- nor overflows, see `FP16_BOOST` and `_fp16_product`.
 
 The products are torch.mm in the head's dtype, as the model's own head would be: in fp32 with full precision unless
 torch.backends.cuda.matmul.allow_tf32 is set; in bf16 and fp16 with fp32 accumulation inside a product, up to
@@ -40,7 +40,7 @@ CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_TOKENS_MIN = 64
 #: On CUDA the buffers get this share of the device's memory, and a chunk no more tokens than keep its matrix units busy.
 CUDA_SHARE, CUDA_TOKENS_MAX = 64, 512
-#: Elements that are worked on at a time: on a CPU two fp32 buffers of this size stay in the L2 cache.
+#: Elements that are worked on at a time: on a CPU the fp32 buffers of this size stay in the L2 cache.
 WORK_ELEMENTS = {"cpu": 2**18}
 #: Tokens of one tile of a half-precision gradient; its columns fill the chunk's buffer.
 TILE_TOKENS = 512
