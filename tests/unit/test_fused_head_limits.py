@@ -46,7 +46,7 @@ def test_a_parameter_of_the_models_own_is_not_fused():
     """It could be a scale of the logits: a constant to recognition, trained afterwards."""
     model = make_model("llama")
     model.logit_scale = torch.nn.Parameter(torch.ones(()))
-    with pytest.raises(UnknownHead, match="a parameter of its own beside its parts .logit_scale."):
+    with pytest.raises(UnknownHead, match=r"a parameter of its own beside its parts .logit_scale."):
         find_transform(model)
 
 
@@ -86,7 +86,7 @@ def test_a_patched_forward_that_changes_the_logits_is_an_error_at_the_first_step
     patched(model, lambda z: z / 2.0)
     install(model, True)
     ids, labels = make_ids()
-    with pytest.raises(ValueError, match='patched forward.*set stability.loss_path to "chunked"') as caught:
+    with pytest.raises(ValueError, match=r'patched forward.*set stability.loss_path to "chunked"') as caught:
         model(input_ids=ids, labels=labels)
     assert "\n" not in str(caught.value)
 
