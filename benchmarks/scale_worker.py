@@ -82,7 +82,8 @@ def build(case: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
             "stage3_max_reuse_distance": case["max_reuse_distance"], "sub_group_size": case["sub_group_size"],
         },
         "stability": {
-            "level": 0.5, "controller": {"warmup_steps": 0, "ramp_steps": 1}, "statistics": {"update_ratio_interval": 1},
+            "level": 0.5, "loss_path": "chunked", "controller": {"warmup_steps": 0, "ramp_steps": 1},
+            "statistics": {"update_ratio_interval": 1},
             "stabilizers": {"feedback": {}, "averaging": {"level": 0.5}},
         },
     }  # fmt: skip

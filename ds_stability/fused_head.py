@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 import sys
+from types import MethodType
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
@@ -21,6 +22,9 @@ from ds_stability.loss import IGNORE_INDEX, StabilityLoss
 
 SLOPE_AT = 2.0**-10  # where softcap * tanh(x / softcap) is x to fp32 rounding, for caps above 1
 SATURATED_AT = 2.0**30
+STUB_LOSS = 0.625
+#: Of the first carrier; large enough to show a soft-cap, and the same in every dtype.
+CARRIER_CHECK = 16.0
 _PROBES = (0.0, SLOPE_AT, -SLOPE_AT, -0.3, 1.0, 2.7, -7.0, 19.0, -45.0, 300.0, SATURATED_AT, -SATURATED_AT)
 
 
@@ -83,6 +87,9 @@ class _ProbeHead(torch.nn.Linear):
         super().__init__(1, 1, bias=False)
         self.logits_BTV, self.calls = logits_11V.expand(1, 2, -1), 0
 
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)  # draws no random number
+
     def forward(self, hidden):
         self.calls += 1
         return self.logits_BTV.clone()
@@ -99,6 +106,9 @@ def find_transform(model) -> LogitTransform:
         raise UnknownHead(f"its head is a {type(head).__name__}, not a torch.nn.Linear")
     if not any(child is head for child in model._modules.values()):
         raise UnknownHead("its head is not a direct child of the model")
+    own = [name for name, parameter in model._parameters.items() if parameter is not None]
+    if own:
+        raise UnknownHead(f"it has a parameter of its own beside its parts ({own[0]}), which may act on its logits")
     # As wide as the head, so that a model which treats some tokens in another way is seen to.
     width = max(head.out_features, len(_PROBES))
     probes_V = torch.tensor(_PROBES, dtype=torch.float64).repeat(-(-width // len(_PROBES)))[:width]
@@ -113,25 +123,44 @@ def _follow(model, head, logits_V: torch.Tensor) -> torch.Tensor:
     shell, probe, seen = copy.copy(model), _ProbeHead(logits_V), []
     shell.__dict__["_modules"] = {name: probe if child is head else _stub(child) for name, child in model._modules.items()}
 
+    loss = torch.tensor(STUB_LOSS)
+
     def loss_function(logits, labels, *args, **kwargs):
         seen.append((logits, labels, kwargs))
-        return torch.zeros(())
+        return loss
 
     shell.__dict__.update(_loss_function=loss_function, training=True)
     labels = torch.zeros(1, 2, dtype=torch.long)
-    try:
-        with torch.no_grad():
-            type(model).forward(shell, input_ids=torch.zeros(1, 2, dtype=torch.long), labels=labels)
-    except Exception as error:  # foreign code on stubs may raise anything, and every reason means the same
-        raise UnknownHead(f"its forward needs more than its hidden states after them ({error})") from error
+    output = _run(shell, type(model).forward, labels)
     if probe.calls != 1 or len(seen) != 1:
         raise UnknownHead(f"its forward calls its head {probe.calls} times and its loss function {len(seen)} times")
+    _require_loss(output, loss)
     found, targets, kwargs = seen[0]
     if targets is not labels or kwargs.get("shift_labels") is not None:
         raise UnknownHead("it changes the labels before its loss")
     if found.shape != probe.logits_BTV.shape or not torch.equal(found[0, 0], found[0, 1]):
         raise UnknownHead(f"its logits change shape on the way from {tuple(probe.logits_BTV.shape)} to {tuple(found.shape)}")
     return found[0, 0].double()
+
+
+def _run(shell, forward, labels):
+    """Output of `forward` on a model of stubs; draws nothing from torch's generator."""
+    # A router's logits come from its backbone; their loss is added to ours without a look at the logits.
+    extra = {"output_router_logits": False} if "output_router_logits" in inspect.signature(forward).parameters else {}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # a dropout of the model's own may draw
+            return forward(shell, input_ids=torch.zeros(1, 2, dtype=torch.long), labels=labels, **extra)
+    except Exception as error:  # foreign code on stubs may raise anything, and every reason means the same
+        raise UnknownHead(f"its forward needs more than its hidden states after them ({error})") from error
+
+
+def _require_loss(output, loss: torch.Tensor) -> None:
+    """Raises UnknownHead unless `output` holds the loss as the loss function gave it (Bamba adds a z-loss of the logits)."""
+    if not isinstance(output, ModelOutput | tuple):
+        raise UnknownHead(f"its forward returns a {type(output).__name__}, not a ModelOutput or a tuple")
+    given = output.get("loss") if isinstance(output, ModelOutput) else output[0]
+    if given is not loss or float(loss) != STUB_LOSS:  # the second: changed in place
+        raise UnknownHead("it changes its loss after its loss function")
 
 
 def _stub(child: torch.nn.Module) -> torch.nn.Module:
@@ -194,34 +223,51 @@ class FusedHead:
         loss: asked for setting, objective, high-frequency set and chunk size of the step in each forward; takes the result.
         root: the module that is called in training, where that is not `model` itself: PEFT's tuners call the forward of
             their model without its hooks.
+        engine_hooks: ids of DeepSpeed's forward hooks, which mind no carrier; any other hook on the head gets logits.
 
     Raises:
         UnknownHead: see `find_transform`.
     """
 
-    def __init__(self, model, loss: StabilityLoss, root: torch.nn.Module | None = None):
+    def __init__(self, model, loss: StabilityLoss, root: torch.nn.Module | None = None, engine_hooks: frozenset[int] = frozenset()):
+        head = model.get_output_embeddings()
+        if type(head) is RoutedLinear and not head.fused.entrances:
+            head.fused.leave_copy(head, model, root)
         self.transform = find_transform(model)
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.checked = model, loss, False
         self.entrances = (model,) if root is None or root is model else (model, root)
         self.signatures = {id(module): inspect.signature(type(module).forward) for module in self.entrances}
-        self.targets = self.pending = self.labels = None
-        head = model.get_output_embeddings()
+        self._disarm()
         head.__class__, head.fused = RoutedLinear, self
-        self.head, self.hooks = head, len(head._forward_hooks)  # under ZeRO-3 some are DeepSpeed's, which mind no carrier
+        # Their number, not their ids: ZeRO-3's hooks may be taken off and put back.
+        self.head, self.hooks = head, sum(key in engine_hooks for key in head._forward_hooks)
         self.handles = [module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in self.entrances]
-        self.handles += [module.register_forward_hook(self._leave) for module in self.entrances]
+        self.handles += [module.register_forward_hook(self._leave, always_call=True) for module in self.entrances]
+
+    def _disarm(self) -> None:
+        self.targets = self.pending = self.labels = self.carrier_shape = None
 
     def __deepcopy__(self, memo):
         """A copied model (a reference model, an EMA) has a plain head."""
         twin = object.__new__(FusedHead)
-        twin.entrances, twin.targets, twin.pending, twin.labels = (), None, None, None
+        twin.entrances = ()
+        twin._disarm()
         return twin
+
+    def leave_copy(self, head, *modules) -> None:
+        """Make the head of a copied model a plain one, to be fused anew."""
+        head.__class__ = torch.nn.Linear
+        del head.fused
+        for module in filter(None, modules):
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if isinstance(hook, MethodType) and hook.__self__ is self]:
+                    del hooks[key]
 
     def _enter(self, module, args, kwargs):
         """Arm the head when this forward ends in a training loss over every position."""
         if not any(module is entrance for entrance in self.entrances):  # a copy, whose hooks came along
             return
-        self.targets = self.pending = self.labels = None
+        self._disarm()
         signature = self.signatures[id(module)]
         given = signature.bind_partial(module, *args, **kwargs).arguments
         for parameter in signature.parameters.values():
@@ -250,8 +296,10 @@ class FusedHead:
         targets_N, self.targets = self.targets.to(hidden_BTD.device), None
         loss, carrier, tokens = linear_loss(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), head.weight, head.bias,
                                             targets_N, self._spec(), self.labels[2])  # fmt: skip
-        self.pending = (loss, tokens)
-        return carrier.expand(*hidden_BTD.shape[:-1], 1)
+        self.pending, self.carrier_shape = (loss, tokens), (*hidden_BTD.shape[:-1], 1)
+        if not self.checked:
+            carrier = carrier + CARRIER_CHECK
+        return carrier.expand(self.carrier_shape).clone()  # a model may work on its logits in place
 
     def _spec(self) -> LossSpec:
         loss = self.loss
@@ -264,7 +312,8 @@ class FusedHead:
         """(loss sum, tokens) of this forward, or None if its head gave logits.
 
         Raises:
-            StabilityConfigError: the loss function was called with other labels than the model.
+            StabilityConfigError: the loss function was called with other labels than the model, or with other logits than the
+                model's class makes of its head's (a forward patched into the model).
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -274,18 +323,32 @@ class FusedHead:
                 f"{type(self.model).__name__} calls its loss function with other labels than it was given, so its loss cannot "
                 'be computed in its head; set stability.loss_path to "chunked"'
             )
+        if not self.checked:
+            self._check(carrier)
         loss, tokens = pending
         return _Join.apply(loss, carrier), tokens
 
+    def _check(self, carrier) -> None:
+        """Once, with one host sync: what runs is the forward that was recognized."""
+        self.checked = True
+        wanted = self.transform.apply_(torch.full(carrier.shape, CARRIER_CHECK, device=carrier.device))
+        if not torch.allclose(carrier.detach().float(), wanted, rtol=2.0**-6, atol=0.0):  # bf16 rounds more than once
+            raise StabilityConfigError(
+                f"the forward that runs in {type(self.model).__name__} changes its logits in another way than its class does (a "
+                'patched forward?), so its loss cannot be computed in its head; set stability.loss_path to "chunked"'
+            )
+
     def _leave(self, module, args, output):
-        """Nobody should take the carrier for logits."""
-        if self.labels is None or self.targets is not None:
+        """Nobody should take the carrier for logits. Called after an exception as well, then with None."""
+        if not any(module is entrance for entrance in self.entrances):
+            return None
+        shape = self.carrier_shape
+        self._disarm()
+        if shape is None:
             return None  # the head gave logits
-        if module is self.entrances[-1]:
-            self.labels = None
         if isinstance(output, ModelOutput):
-            return type(output)(**{**output, "logits": NoLogits()})
-        return (output[0], NoLogits(), *output[2:])
+            return type(output)(**{name: _hide(value, shape) for name, value in output.items()})
+        return tuple(_hide(value, shape) for value in output) if isinstance(output, tuple) else None
 
     def release(self) -> None:
         """Give the head back as it was: another engine may train the model."""
@@ -295,10 +358,15 @@ class FusedHead:
             handle.remove()
 
 
-def fuse_head(model, loss: StabilityLoss, root: torch.nn.Module | None = None) -> None:
+def _hide(value, shape: tuple):
+    """NoLogits for the carrier, which nothing else in an output has the shape of; a cast may have made another tensor of it."""
+    return NoLogits() if torch.is_tensor(value) and value.shape == shape else value
+
+
+def fuse_head(model, loss: StabilityLoss, root=None, engine_hooks: frozenset[int] = frozenset()) -> None:
     """Let the head of `model` compute `loss`. A head that is not understood goes on giving logits, which rank 0 says once."""
     try:
-        loss.head = FusedHead(model, loss, root)
+        loss.head = FusedHead(model, loss, root, engine_hooks)
     except UnknownHead as reason:
         if loss.rank == 0:
             print(f"ds_stability: the loss of {type(model).__name__} is computed from its logits (loss_path chunked): {reason}",

@@ -86,7 +86,7 @@ def standalone_module(engine: "DeepSpeedEngine") -> Iterator[torch.nn.Module]:
         stack.enter_context(random_state_kept())
         stack.enter_context(whole(engine, module.parameters()))
         stack.enter_context(_module_state_kept(module))
-        _set_hooks_aside(module, _hook_ids(engine))
+        _set_hooks_aside(module, hook_ids(engine))
         module.eval()
         stack.enter_context(torch.no_grad())
         stack.enter_context(_autocast(engine))
@@ -130,7 +130,7 @@ def _module_state_kept(module: torch.nn.Module) -> Iterator[None]:
             m._buffers.update(buffers)
 
 
-def _hook_ids(engine: "DeepSpeedEngine") -> set[int]:
+def hook_ids(engine: "DeepSpeedEngine") -> set[int]:
     """Ids (unique in the process) of the forward hooks that DeepSpeed put on the module: timers, autocast, ZeRO-3."""
     handles = [engine.module_forward_pre_hook, engine.module_forward_post_hook]
     if is_partitioned(engine):

@@ -9,10 +9,10 @@ backward is [tokens, hidden] and [vocab, hidden], the latter in the head's own d
 
 Half precision computes the logits once more, block of the vocabulary by block, see `_Pass`: it is faster and smaller there.
 
-Memory beyond that: one chunk in the head's dtype and two fp32 work buffers (three with a soft-cap), of the chunk's size on an
-accelerator and of a fixed small one on a CPU, where what stays in the cache is twice as fast. Like Liger's fused linear
-cross-entropy (arXiv 2410.10989) this divides nothing by the token count, so that `grad_output` alone scales, and fp16 neither
-under- nor overflows.
+Memory beyond that: one chunk in the head's dtype and fp32 work buffers (one for an fp32 head, two in half precision, one more
+with a soft-cap), of the chunk's size on an accelerator and of a fixed small one on a CPU, where what stays in the cache is twice
+as fast. Like Liger's fused linear cross-entropy (arXiv 2410.10989) this divides nothing by the token count: `grad_output` alone
+scales. fp16 factors of a product are brought to a size that neither under- nor overflows, see `FP16_BOOST` and `_fp16_product`.
 
 The products are torch.mm in the head's dtype, as the model's own head would be: in fp32 with full precision unless
 torch.backends.cuda.matmul.allow_tf32 is set; in bf16 and fp16 with fp32 accumulation inside a product, up to
@@ -40,10 +40,12 @@ CHUNK_ELEMENTS = {"cpu": 2**23}
 CHUNK_TOKENS_MIN = 64
 #: On CUDA the buffers get this share of the device's memory, and a chunk no more tokens than keep its matrix units busy.
 CUDA_SHARE, CUDA_TOKENS_MAX = 64, 512
-#: Elements that are worked on at a time: on a CPU two fp32 buffers of this size stay in the L2 cache.
+#: Elements that are worked on at a time: on a CPU the fp32 buffers of this size stay in the L2 cache.
 WORK_ELEMENTS = {"cpu": 2**18}
 #: Tokens of one tile of a half-precision gradient; its columns fill the chunk's buffer.
 TILE_TOKENS = 512
+#: fp16 gradients of logits are kept this much larger: 2^-25 rounds to zero there.
+FP16_BOOST, FP16_TOP = 2.0**10, 2.0**14
 HALF = (torch.float16, torch.bfloat16)
 #: Rows of `Tokens.values_KN`.
 FIELDS = ("surprisal", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "weight", "objective")
@@ -144,6 +146,11 @@ class _Pass:
         if needs[1] and not tokens:
             self.grad_weight_VD.zero_()
         self.grad_bias_V = new(vocab, dtype=self.dtype).zero_() if needs[2] else None
+        self.boost = 1.0
+        if hidden_ND.dtype == torch.float16 and any(needs):  # less for large weights or slopes, which could overflow
+            low, high = torch.aminmax(weight_VD)
+            largest = (torch.maximum(high, -low).float() / 8.0).clamp(min=1.0)
+            self.boost = FP16_BOOST / max(1.0, abs(spec.transform.scale)) / largest
         self.sum_WD: torch.Tensor | None = None  # of the block of the vocabulary at work, in half precision
 
     def run(self, targets_N, mask_N, weight_N=None) -> Tokens:
@@ -197,6 +204,8 @@ class _Pass:
             gradient_CW.mul_(slope_CW)
         if self.grad_bias_V is not None:
             self.grad_bias_V[columns].addmv_(gradient_CW.t(), self._coefficient(rows).squeeze(1))
+        if raw_CW.dtype == torch.float16:
+            gradient_CW.mul_(self.boost)
         raw_CW.copy_(gradient_CW)
 
     def _statistics(self, raw_CV, rows, labels_C1, weight_N, wanted: bool) -> None:
@@ -228,24 +237,29 @@ class _Pass:
         """Add the gradients of a chunk or a tile. The weights scale rows of width D, not V: cheaper, and safe in fp16."""
         hidden_CD, weight_C1 = self.hidden_ND[rows], self._coefficient(rows)
         if self.grad_hidden_ND is not None:
-            self.grad_hidden_ND[rows] += torch.mm(grad_CW, self.weight_VD[columns]).to(self.dtype) * weight_C1
+            self.grad_hidden_ND[rows] += torch.mm(grad_CW, self.weight_VD[columns]).to(self.dtype) * (weight_C1 / self.boost)
         if self.grad_weight_VD is None:
             return
         block_WD, first = self.grad_weight_VD[columns], rows.start == 0
         if not self.half:
             block_WD.addmm_(grad_CW.t(), hidden_CD * weight_C1, beta=0 if first else 1)
             return
-        top = 1.0
-        if hidden_CD.dtype == torch.float16:  # a weight may be beyond fp16
-            top = weight_C1.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-        scaled_CD = (hidden_CD * (weight_C1 / top)).to(hidden_CD.dtype)
-        if self.sum_WD is None and block_WD.dtype == hidden_CD.dtype:  # all tokens at once
-            torch.mm(grad_CW.t(), scaled_CD, out=block_WD)
-            return
+        if hidden_CD.dtype == torch.float16:
+            part_WD = self._fp16_product(grad_CW, hidden_CD * weight_C1)
+        else:
+            scaled_CD = (hidden_CD * weight_C1).to(hidden_CD.dtype)
+            if self.sum_WD is None:  # all tokens at once
+                torch.mm(grad_CW.t(), scaled_CD, out=block_WD)
+                return
+            part_WD = torch.mm(grad_CW.t(), scaled_CD)
         target_WD = block_WD if self.sum_WD is None else self.sum_WD
-        part_WD = torch.mm(grad_CW.t(), scaled_CD)
-        part_WD = part_WD.float().mul_(top) if hidden_CD.dtype == torch.float16 else part_WD
         target_WD.copy_(part_WD) if first else target_WD.add_(part_WD)
+
+    def _fp16_product(self, grad_CW, scaled_CD) -> torch.Tensor:
+        """Gradient of the head, fp32. Each column of `scaled_CD` (fp32) gets a size with which no sum over tokens overflows."""
+        top_D = scaled_CD.abs().amax(dim=0).clamp_(min=1e-30) * (len(scaled_CD) * FP16_BOOST / FP16_TOP)
+        part_WD = torch.mm(grad_CW.t(), (scaled_CD / top_D).to(grad_CW.dtype))
+        return part_WD.float().mul_(top_D / self.boost)
 
     def _tiles(self, labels_N1) -> None:
         """Gradients of the plain objective from the known log-partition and entropy, block of the vocabulary by block."""

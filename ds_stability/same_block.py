@@ -11,7 +11,7 @@ def training_part(block: dict) -> dict:
 
 def require_same_block(old: dict, new: dict) -> None:
     """Raises StabilityConfigError where a checkpoint's block `old` is not the run's block `new`."""
-    if old["loss_path"] != new["loss_path"]:
+    if old["loss_path"] != new["loss_path"] and old | {"loss_path": new["loss_path"]} == new:
         raise StabilityConfigError(
             f"the checkpoint was written with stability.loss_path {old['loss_path']!r} and this run has {new['loss_path']!r}, which "
             f'rounds differently; set stability.loss_path to "{old["loss_path"]}" to resume'

@@ -17,6 +17,7 @@ from ds_stability.console import agree
 from ds_stability.controller import FeedbackController, Setting
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
+from ds_stability.gathered import hook_ids
 from ds_stability.gradients import reduced_gradients, squared_norm
 from ds_stability.held_out import GovernorProbe
 from ds_stability.histogram import NUM_BINS
@@ -161,7 +162,7 @@ class Stability:
         if path == "linear":
             from ds_stability.fused_head import fuse_head  # imports transformers
 
-            fuse_head(model, loss, engine.module)
+            fuse_head(model, loss, engine.module, frozenset(hook_ids(engine)))
         model.loss_function = loss
         return loss
 

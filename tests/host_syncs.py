@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPERATORS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default,
-             torch.ops.aten.masked_select.default, torch.ops.aten.equal.default}  # fmt: skip
+             torch.ops.aten.masked_select.default, torch.ops.aten.equal.default, torch.ops.aten.allclose.default}  # fmt: skip
 METHODS = ("cpu", "tolist")
 
 

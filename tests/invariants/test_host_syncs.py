@@ -33,7 +33,8 @@ def test_the_host_waits_once_a_step(results, name):
     for micro, (mine, plain) in enumerate(zip(results[name]["syncs"], results["plain"]["syncs"], strict=True)):
         # On a CPU the linear loss leaves masked tokens out, whose number would be a synchronization on an accelerator.
         before = [place for place in mine[0] if "linear_loss.py" not in str(place) or "nonzero" not in place[0]]
-        assert len(before) <= len(plain[0]), before
+        once = micro == 0 and name == "linear"  # the fused head checks the forward that runs, in the first one
+        assert len(before) <= len(plain[0]) + once, before
         assert len(mine[1]) <= len(plain[1]) + micro % 2, (mine[1], plain[1])  # the second micro-batch closes the step
 
 

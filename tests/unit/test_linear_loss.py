@@ -291,3 +291,46 @@ def test_chunks_on_cuda_are_chosen_from_its_memory(monkeypatch, dtype, tokens, v
     hidden = SimpleNamespace(shape=(tokens, 4), device=SimpleNamespace(type="cuda"), dtype=dtype)
     assert module.chunk_tokens(hidden, vocab, None) == wanted
     assert module.chunk_tokens(hidden, vocab, 7) == 7
+
+
+def test_fp16_gradients_of_the_head_do_not_overflow_in_a_sum_over_tokens():
+    """A loss scale could not help: it multiplies later. One label everywhere, an outlier of the hidden states."""
+    hidden, weight, bias, targets = make_head(5, torch.float16, tokens=512, supervised=1.1)
+    with torch.no_grad():
+        hidden[:, 0], weight[:, 0] = 300.0, 0.0
+    targets.fill_(3)
+    spec = LossSpec(SETTING)
+    loss, _, _ = linear_loss(hidden, weight, bias, targets, spec)
+    gradients = torch.autograd.grad(loss / 512, (hidden, weight))
+    for found, exact in zip(gradients, oracle(hidden, weight, bias, targets, spec)[1], strict=False):
+        close(found, exact / 512, 2**-8)
+    outlier, rest = found[:, 0].abs().max(), found[:, 1:].abs().max()
+    assert outlier > 100 * rest  # each column to its own rounding
+    close(found[:, 1:], exact[:, 1:] / 512, 2**-8)
+
+
+def test_fp16_gradients_of_unlikely_tokens_are_not_flushed_to_zero():
+    """Probabilities of about 2^-29 are zero in fp16, their gradients times a loss scale are not."""
+    hidden, weight, _, targets = make_head(6, torch.float16, supervised=1.1)
+    bias = torch.full((VOCAB,), -10.0, dtype=torch.float16)
+    bias[3] = 10.0
+    targets.fill_(3)
+    with torch.no_grad():
+        weight.mul_(0.01)
+    loss, _, _ = linear_loss(hidden, weight, bias, targets, LossSpec())
+    found = torch.autograd.grad(loss * 2.0**20, weight)[0]
+    exact = oracle(hidden, weight, bias, targets, LossSpec())[1][1] * 2.0**20
+    assert exact[4].abs().max() > 2.0**-10
+    torch.testing.assert_close(found[4].double(), exact[4], rtol=0.02, atol=0.02 * float(exact[4].abs().max()))
+
+
+def test_fp16_gradients_with_large_weights_and_scales_are_finite():
+    hidden, weight, bias, targets = make_head(7, torch.float16, supervised=1.1)
+    with torch.no_grad():
+        weight.mul_(200.0)
+        hidden.mul_(1e-3)
+    spec = LossSpec(transform=LogitTransform(50.0))
+    loss, _, _ = linear_loss(hidden, weight, bias, targets, spec)
+    for found, exact in zip(torch.autograd.grad(loss / 64, (hidden, weight)),
+                            oracle(hidden, weight, bias, targets, spec)[1], strict=False):  # fmt: skip
+        close(found, exact / 64, 2**-5)
