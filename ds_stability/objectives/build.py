@@ -76,6 +76,7 @@ class Preparation:
     def _own_text(self, engine, inputs: dict) -> tuple[dict, RowObjective]:
         """The micro-batch's prefixes, continued greedily by the model, in place of the micro-batch."""
         batch = micro_batch(inputs)
+        _check_context(engine, self.config, min(self.config.prefix_tokens, batch.input_ids_BT.shape[1]))
         ids_BT = continue_greedily(engine, prefixes(batch, inputs.get("labels"), self.config.prefix_tokens), self.config)
         prefix = ids_BT.shape[1] - self.config.max_new_tokens
         repeated_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
@@ -106,23 +107,24 @@ def prefixes(batch: MicroBatch, labels_BT: torch.Tensor | None, length: int) -> 
     return batch.input_ids_BT.gather(1, order_BT[:, :width])
 
 
-def continue_greedily(engine, start_BT: torch.Tensor, config: UnlikelihoodSequence) -> torch.Tensor:
-    """[B, prefix + max_new_tokens]: each row of `start_BT` and exactly `max_new_tokens` more. Collective under ZeRO-3.
+def _check_context(engine, config: UnlikelihoodSequence, prefix: int) -> None:
+    """Raises StabilityConfigError: the model's context is too short for the longest prefix and what is generated."""
+    from ds_stability.gathered import base_model
 
-    Raises:
-        StabilityConfigError: the model's context is too short for both.
-    """
-    from transformers import GenerationConfig
-
-    from ds_stability.gathered import base_model, standalone_module
-
-    prefix = start_BT.shape[1]
     context = getattr(base_model(engine.module).config.get_text_config(), "max_position_embeddings", None)
     if context is not None and prefix + config.max_new_tokens > context:
         raise StabilityConfigError(
             f"stability.objective.max_new_tokens: {config.max_new_tokens} is not allowed; must be at most {max(context - prefix, 0)}, as the "
             f"model's context is {context} and a prefix has {prefix} tokens"
         )
+
+
+def continue_greedily(engine, start_BT: torch.Tensor, config: UnlikelihoodSequence) -> torch.Tensor:
+    """[B, prefix + max_new_tokens]: each row of `start_BT` and exactly `max_new_tokens` more. Collective under ZeRO-3."""
+    from transformers import GenerationConfig
+
+    from ds_stability.gathered import base_model, standalone_module
+
     with standalone_module(engine) as module:
         base_model(module).generation_config = GenerationConfig()
         return module.generate(
