@@ -30,7 +30,7 @@ def reduce_tokens(vector: torch.Tensor, group) -> StepSums:
     return reduce_step(torch.cat([vector[:count], padding, vector[count:]]), group)
 
 
-def require_equal(value: dict, device: torch.device, group, what: str) -> None:
+def require_equal(value: dict, device: torch.device, group, what: str, hint: str = "give every rank the same config file") -> None:
     """Stop every rank when `value` differs between ranks.
 
     Raises:
@@ -43,5 +43,5 @@ def require_equal(value: dict, device: torch.device, group, what: str) -> None:
     dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
     if not torch.equal(low, high):
         raise StabilityConfigError(
-            f"the {what} differs between ranks (here sha256 {digest.hex()[:12]}); give every rank the same config file"
+            f"the {what} differs between ranks (here sha256 {digest.hex()[:12]}); {hint}"
         )

@@ -27,7 +27,7 @@ from ds_stability.config_describe import STRICT, KeyInfo, Section, describe_mode
 from ds_stability.config_errors import InvalidValue, did_you_mean, one_line, show_value
 from ds_stability.deepspeed_config import find_auto, load_ds_config, unsupported_features, zero_stage
 from ds_stability.errors import StabilityConfigError
-from ds_stability.objectives.config import PREPARED, CrossEntropy, Objectives
+from ds_stability.objectives.config import PREPARED, CrossEntropy, Objectives, UnlikelihoodSequence
 from ds_stability.schedule import (
     LEVEL_ALLOWED,
     MAX_STEP,
@@ -172,6 +172,10 @@ class StabilityConfig(Section):
         if self.governed and above:
             raise InvalidValue(".controller.mode", "governor", '"level" where a level is above 0; or set level to 0: the '
                                "governor takes the place of feedback, and the two would pull against each other")  # fmt: skip
+        own_text_alone = isinstance(self.objective, UnlikelihoodSequence) and self.objective.probability == 1.0
+        if own_text_alone and (self.governed or self.max_level("feedback") > 0):
+            acting = "the governor" if self.governed else "feedback at a level above 0"
+            raise InvalidValue(".objective.probability", 1.0, f"below 1 with {acting}, which rests in steps on generated text")
         return self
 
     @model_validator(mode="after")
@@ -243,6 +247,14 @@ class StabilityConfig(Section):
     def governed(self) -> bool:
         """Whether the governor takes the place of feedback."""
         return self.controller.mode == "governor"
+
+    def require_starter(self) -> None:
+        """For programs in which nobody calls `start_governor`. Raises StabilityConfigError for a governor that would never begin."""
+        if self.governed and self.controller.start == "alarm" and self.alarm.action != "govern":
+            raise StabilityConfigError(
+                f'stability.controller.start: "alarm" is not allowed with stability.alarm.action "{self.alarm.action}", as the governor would '
+                'never begin; set the action to "govern", or start to "warmup" (a loop of your own may call start_governor())'
+            )
 
     @property
     def active(self) -> bool:

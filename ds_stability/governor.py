@@ -167,7 +167,7 @@ class Governor:
         """Close an applied step: the output moves towards the command. A skipped step must not call this."""
         state = self.state
         state.applied_steps += 1
-        state.output += _clip(state.command - state.output, self.slew_rate)
+        state.output = _clip(state.output + _clip(state.command - state.output, self.slew_rate), self.output_limit)  # rounding
         pushed = state.engaged_step is not None and self._scaled_error() * state.output > 0.0
         at_bound = abs(state.output) >= self.output_limit * (1.0 - 1e-9)
         state.saturated_steps = state.saturated_steps + 1 if at_bound and pushed else 0

@@ -1,7 +1,7 @@
 """The governor's held-out probe: a few sequences that are read forward only, the same number of forwards on every rank.
 
-Legend: S sequences of the probe, T tokens, B micro-batch. Memory is that of an evaluation pass over one training
-micro-batch. The pass has an accumulator of its own; its sums are reduced apart from the step's one collective.
+Legend: S sequences of the probe, T tokens, B micro-batch. A forward reads one
+sequence, and no loss is computed. The pass has an accumulator of its own; its sums are reduced apart from the step's one collective.
 """
 
 import hashlib
@@ -59,13 +59,13 @@ class HeldOut:
     def sums(self, engine, loss: StabilityLoss, device: torch.device) -> torch.Tensor:
         """This rank's sums over its share, fp64 [TOKEN_FIELDS and the histogram]: as `TokenAccumulator.vector`."""
         accumulator, other = TokenAccumulator(device), loss.evaluation
-        loss.evaluation = accumulator
+        loss.evaluation, loss.statistics_only = accumulator, True
         try:
             with evaluating(engine.module):
                 for batch in self.batches:
                     engine(**{name: column.to(device) for name, column in batch.items()}, use_cache=False)
         finally:
-            loss.evaluation = other
+            loss.evaluation, loss.statistics_only = other, False
         return accumulator.vector()
 
 
@@ -94,12 +94,15 @@ class GovernorProbe:
                 `controller.probe_size` sequences are used.
 
         Raises:
-            StabilityConfigError: on every rank; nothing to read in them, or other sequences on another rank.
+            StabilityConfigError: on every rank; nothing to read in them, or other sequences on another rank, or than those
+                on which this run has measured.
         """
         world_size, rank = dist.get_world_size(group=self.group), dist.get_rank(group=self.group)
-        size, micro_batch = self.governance.control.probe_size, self.engine.train_micro_batch_size_per_gpu()
-        held_out = agree(lambda: HeldOut(sequences, size, micro_batch, rank, world_size))
-        require_equal({"sequences": held_out.fingerprint}, self.device, self.group, "governor's held-out data")
+        size = self.governance.control.probe_size
+        held_out = agree(lambda: HeldOut(sequences, size, 1, rank, world_size))
+        require_equal({"sequences": held_out.fingerprint}, self.device, self.group, "governor's held-out data",
+                      "give every rank the same sequences, without random choices in a data collator")  # fmt: skip
+        self.governance.take_held_out(held_out.fingerprint)
         self.held_out = held_out
 
     def measure(self) -> bool:

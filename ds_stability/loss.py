@@ -208,6 +208,7 @@ class StabilityLoss:
         self.high_frequency_V: torch.Tensor | None = None
         self.train, self.evaluation = TokenAccumulator(device), TokenAccumulator(device)
         self.forwards = self.backwards = 0
+        self.statistics_only = False  # evaluation passes need no loss
         self.permutation_step: int | None = None
         self.rank = 0
         self.interleaved = False  # refuse a second forward before the backward of the first
@@ -253,6 +254,8 @@ class StabilityLoss:
         if self.measure or not training:
             with torch.no_grad():
                 self._record(self.train if training else self.evaluation, logits_NV.detach(), targets_N, ignore_index)
+        if self.statistics_only and not training:
+            return logits.new_zeros(())  # the stock loss would copy the logits to fp32
         loss = self.stock(logits=logits, labels=labels, vocab_size=vocab_size or logits.shape[-1],
                           num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, shift_labels=shift_labels,
                           **kwargs)  # fmt: skip

@@ -102,13 +102,19 @@ class Probe:
                 metrics[f"probe/{decoding}/{name}"] = value
         return metrics
 
-    def _too_large(self) -> bool:
+    @property
+    def oversize(self) -> str:
+        """Why the probe is skipped for the size of the weights, or ""."""
         gib = weight_bytes(self.engine) / 2**30
         if not is_partitioned(self.engine) or gib <= self.config.max_gather_gib:
+            return ""
+        return f"the gathered weights take {gib:.1f} GiB and probe.max_gather_gib is {self.config.max_gather_gib:g}"
+
+    def _too_large(self) -> bool:
+        if not self.oversize:
             return False
         if not self._warned and torch.distributed.get_rank() == 0:
-            limit = f"probe.max_gather_gib is {self.config.max_gather_gib:g}"
-            logger.warning(f"probe skipped: the gathered weights take {gib:.1f} GiB and {limit}")
+            logger.warning(f"probe skipped: {self.oversize}")
         self._warned = True
         return True
 

@@ -291,8 +291,9 @@ class Stability:
         if applied:
             for stabilizer in self.stabilizers.values():
                 metrics.update(stabilizer.metrics())
-                stabilizer.update(sums)
-            if self.governance is not None and self.governance.warning and dist.get_rank() == 0:
+                if not (self.own_text and stabilizer is self.governance):  # which has seen nothing, and does not act
+                    stabilizer.update(sums)
+            if self.governance is not None and self.governance.warning and not self.own_text and dist.get_rank() == 0:
                 logger.warning(self.governance.warning)
             self.measures.update(sums)
             self.applied_steps += 1

@@ -166,6 +166,10 @@ def parse_command(argv: list[str]) -> Command:
         raise UserError(f"the governor (stability.controller.target {stability.controller.target}, probe_interval "
                         f"{stability.controller.probe_interval}) measures on held-out text; give --validation_file or a "
                         "--validation_split_percentage above 0")  # fmt: skip
+    stability.require_starter()
+    if stability.alarm.action != "off" and stability.alarm.reference_file is None and not held_out:
+        raise UserError(f"stability.alarm.action {stability.alarm.action} holds samples against held-out text; give --validation_file, a "
+                        "--validation_split_percentage above 0, or stability.alarm.reference_file")  # fmt: skip
     if data.streaming and training["max_steps"] <= 0:
         raise UserError("--streaming has no known length: give --max_steps, the number of optimizer steps to train")
     if data.block_size < 2:

@@ -18,8 +18,8 @@ from ds_stability import engine_of
 from ds_stability.checkpoint_files import remove_remains
 from ds_stability.console import agree, global_rank
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
-from ds_stability.data.overlap import overlapping_share
-from ds_stability.data.packing import IGNORE, PaddedBlocks
+from ds_stability.data.overlap import MAX_TOKENS, overlapping_share, supervised_ids
+from ds_stability.data.packing import PaddedBlocks
 from ds_stability.data.tokenizer import tokenizer_hash
 from ds_stability.errors import AlarmStoppedError, StoppedError, UserError
 from ds_stability.integrations.alarm import Alarm, blocks_of_file
@@ -154,7 +154,7 @@ def warn_of_overlap(command: Command, train_data: Any, eval_data: Any) -> None:
     share = overlapping_share(sequences, (train_data[index] for index in range(len(train_data))))
     if share > 0:
         print(f"warning: {share:.0%} of the governor's held-out sequences stand in the training data as well; a model is "
-              "calibrated there on what it has memorized: give other text as --validation_file", flush=True)  # fmt: skip
+              f"calibrated there on what it has memorized: give other text as --validation_file (the first {MAX_TOKENS:,} training tokens were searched)", flush=True)  # fmt: skip
 
 
 class RunCallback(TrainerCallback):
@@ -193,8 +193,7 @@ class RunCallback(TrainerCallback):
         path, size = self.command.stability.alarm.reference_file, self.command.data.block_size
         if path is not None:
             return Alarm(probe, blocks_of_file(path, self.tokenizer, size), self._prompt_length())
-        texts = (block["input_ids"].tolist() for block in self.blocks if (block["labels"] != IGNORE).any())
-        return Alarm(probe, texts, self._prompt_length())
+        return Alarm(probe, (supervised_ids(block).tolist() for block in self.blocks), self._prompt_length())
 
     def _prompt_length(self) -> int:
         return max(1, min(PROMPT_TOKENS, self.command.data.block_size // 2))

@@ -234,7 +234,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if callback.stopped and callback.alarmed:
         alarm = engine_of(trainer.model).stability.alarm
-        raise AlarmStoppedError(f"by the alarm at {alarm.said}; step {trainer.state.global_step} is saved in "
+        raise AlarmStoppedError(f"by the alarm at {alarm.reason}; step {trainer.state.global_step} is saved in "
                                 f"{run.checkpoint(trainer.state.global_step)}")  # fmt: skip
     if callback.stopped:
         raise StoppedError(f"by {signals.received or 'a signal to another rank'} after step {trainer.state.global_step}, which is "

@@ -17,7 +17,7 @@ def overlapping_share(held_out: Iterable[Mapping[str, torch.Tensor]], training: 
     The first MAX_TOKENS training tokens are looked at, across the borders of sequences. Sequences too short for a window,
     and padding (label -100 at the end), count as not overlapping.
     """
-    probes = [_windows(_supervised_ids(row)) for row in held_out]
+    probes = [_windows(supervised_ids(row)) for row in held_out]
     wanted = np.unique(np.concatenate([np.zeros(0, np.uint64), *probes]))
     found = np.zeros(len(wanted), bool)
     for chunk in _chunks(training):
@@ -29,7 +29,8 @@ def overlapping_share(held_out: Iterable[Mapping[str, torch.Tensor]], training: 
     return float(np.mean([share >= 0.5 for share in seen])) if seen else 0.0
 
 
-def _supervised_ids(row: Mapping[str, torch.Tensor]) -> np.ndarray:
+def supervised_ids(row: Mapping[str, torch.Tensor]) -> np.ndarray:
+    """Token ids up to the last supervised one: without the padding behind it, even where the end token pads."""
     kept = torch.nonzero(row["labels"] != -100)
     return row["input_ids"][: int(kept[-1]) + 1 if len(kept) else 0].numpy()
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ds_stability")
 MAX_PIECES = 512  # of the reference text: enough for the bands
 MAX_REFERENCE_BYTES = 64 * 2**20
-BATCH = 16  # pieces scored together
+BATCH = 16  # pieces scored together at most
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,18 @@ class Alarm:
     Attributes:
         stop: whether a collapse was seen and `action` is "stop".
         said: the last warning, or "".
+        reason: the warning of the collapse that made it stop, or "".
 
     Raises:
-        UserError: the reference text gives too few pieces.
+        UserError: the reference text gives too few pieces, or the probe would be skipped for the size of the weights.
     """
 
     def __init__(self, probe: "Probe", blocks: Iterable[Sequence[int]], context: int):
         stability = probe.engine.stability
         self.engine, self.probe, self.config = probe.engine, probe, stability.config.alarm
+        if probe.oversize:
+            raise UserError(f"stability.alarm.action: {self.config.action} needs the probe, which is skipped: {probe.oversize}; raise "
+                            "stability.probe.max_gather_gib, or set the action to off")  # fmt: skip
         length = probe.config.max_new_tokens
         self.pieces = cut_pieces(blocks, context, length, set(probe.end_ids))
         if len(self.pieces) < MIN_PIECES:
@@ -93,7 +97,7 @@ class Alarm:
         start = self.config.start_step
         self.start_step = stability.config.controller.warmup_steps if start is None else start
         self.watch_state = Watch(self.config.patience)
-        self.stop, self.said = False, ""
+        self.stop, self.said, self.reason = False, "", ""
         self.end_ids = torch.tensor(probe.end_ids, dtype=torch.long, device=self.engine.device)
         self.counts = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         if stability.alarm_state is not None:
@@ -135,7 +139,7 @@ class Alarm:
 
     def _act(self) -> None:
         if self.config.action == "stop":
-            self.stop = True
+            self.stop, self.reason = True, self.said
         elif self.config.action == "govern":
             self.engine.stability.start_governor()  # which has begun already, at a second collapse
 
@@ -152,14 +156,23 @@ class Alarm:
             self.counts += torch.tensor(state["counts"], dtype=torch.float64, device=self.counts.device)
 
     def _score(self) -> tuple[float | None, float | None]:
-        """(cross-entropy, predictive entropy) of the model on the pieces of the reference text, nats a token."""
+        """(cross-entropy, predictive entropy) of the model on the pieces of the reference text, nats a token.
+
+        What fails on one rank is raised on all: none waits for another.
+        """
         world, rank = dist.get_world_size(), dist.get_rank()
         count = max(BATCH, 2 * len(self.probe.prompts))  # as many tokens as the samples have, or twice that
         mine = self.pieces[:: max(1, len(self.pieces) // count)][rank::world]
         sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device)
+        batch = min(BATCH, self.engine.train_micro_batch_size_per_gpu())  # so many fit beside the optimizer
+        failure: Exception | None = None
         with standalone_module(self.engine) as module:
-            for first in range(0, len(mine), BATCH):
-                sums += self._score_batch(module, mine[first : first + BATCH])
+            try:
+                for first in range(0, len(mine), batch):
+                    sums += self._score_batch(module, mine[first : first + batch])
+            except Exception as error:  # raised below, after the ranks have heard of it
+                failure = error
+        _raise_everywhere(failure)
         dist.all_reduce(sums, group=self.engine.seq_data_parallel_group)
         nats, entropy, tokens = sums.tolist()
         return (nats / tokens, entropy / tokens) if tokens else (None, None)
@@ -174,6 +187,15 @@ class Alarm:
         logits_NV = module(input_ids=ids_BT, use_cache=False).logits[:, :-1][scored_BT[:, 1:]]
         surprisal_N, entropy_N, *_ = token_statistics(logits_NV, ids_BT[:, 1:][scored_BT[:, 1:]], None)
         return torch.stack([surprisal_N.double().sum(), entropy_N.double().sum(), surprisal_N.new_tensor(len(surprisal_N)).double()])
+
+
+def _raise_everywhere(failure: Exception | None) -> None:
+    """RuntimeError on every rank if there is a failure on any. Collective."""
+    failures: list[str | None] = [None] * dist.get_world_size()
+    torch.distributed.all_gather_object(failures, None if failure is None else repr(failure))
+    failed = [(rank, text) for rank, text in enumerate(failures) if text is not None]
+    if failed:
+        raise RuntimeError(f"alarm failed on rank {failed[0][0]}: {failed[0][1]}") from failure
 
 
 def alarm_from_file(probe: "Probe") -> Alarm:

@@ -15,19 +15,22 @@ import functools
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 
 import deepspeed
 import transformers
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from ds_stability import engine as stability_engine
-from ds_stability.config import split_config
+from ds_stability.config import StabilityConfig, split_config
 from ds_stability.console import agree
 from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import StabilityConfigError
+from ds_stability.gathered import random_state_kept
 from ds_stability.integrations.alarm import alarm_from_file
+from ds_stability.objectives.config import UnlikelihoodSequence
 from ds_stability.probe import Probe, prompts_from_file
 from ds_stability.recorder import Recorder
 from ds_stability.run_dir import RunDir
@@ -76,11 +79,13 @@ def _remembered(train: Callable) -> Callable:
     return wrapped
 
 
-def _held_out(count: int) -> Iterator[dict]:
+def _held_out(count: int) -> list[dict]:
     """The first `count` rows of the trainer's eval_dataset, each through its data collator; on every rank alike.
 
+    The random state of the training is kept.
+
     Raises:
-        StabilityConfigError: there is none.
+        StabilityConfigError: there is none, or its rows or the collator fail.
     """
     trainer = _training[-1]() if _training else None
     rows = trainer.eval_dataset if trainer is not None else None
@@ -91,8 +96,23 @@ def _held_out(count: int) -> Iterator[dict]:
             "the governor (stability.controller) measures on held-out text, and the trainer has no eval_dataset; give it one, or "
             "give a number as the target and set stability.controller.probe_interval to 0"
         )
-    for row in islice(iter(rows), count):
-        yield trainer.data_collator([row])
+    try:
+        with random_state_kept():
+            rows, collator = _as_evaluated(trainer, rows)
+            return [collator([row]) for row in islice(iter(rows), count)]
+    except Exception as error:  # user code raises whatever it likes
+        raise StabilityConfigError(
+            f"the governor's held-out text: a row of the trainer's eval_dataset fails in the data collator ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); give an eval_dataset that trainer.evaluate() takes"
+        ) from error
+
+
+def _as_evaluated(trainer: transformers.Trainer, rows) -> tuple:
+    """(rows, collator) without the columns that the model does not take, as `Trainer._get_dataloader` does it."""
+    datasets = sys.modules.get("datasets")  # imported, if the rows are such a data set
+    if datasets is not None and isinstance(rows, datasets.Dataset):
+        return trainer._remove_unused_columns(rows, description="evaluation"), trainer.data_collator
+    return rows, trainer._get_collator_with_removed_columns(trainer.data_collator, description="evaluation")
 
 
 def _initialize(*args, **kwargs):
@@ -159,12 +179,26 @@ def _check_loss(args: transformers.TrainingArguments) -> None:
             )
 
 
+def _check_block(args: transformers.TrainingArguments, config: StabilityConfig) -> None:
+    """What is right in a loop of one's own, and cannot work in a Trainer.
+
+    Raises:
+        StabilityConfigError: on every rank.
+    """
+    config.require_starter()
+    if isinstance(config.objective, UnlikelihoodSequence) and not args.average_tokens_across_devices:
+        raise StabilityConfigError(
+            "--average_tokens_across_devices False is not allowed with stability.objective unlikelihood_sequence, whose generated "
+            "tokens are averaged over all ranks; leave it out"
+        )
+
+
 class StabilityCallback(TrainerCallback):
     """Checks what the trainer does with its loss, and records each step of the engine into `output_dir`."""
 
     def __init__(self):
         self.engine = None
-        self.training = False
+        self.training = self.stopped = False
 
     @property
     def recorder(self) -> Recorder | None:
@@ -174,6 +208,7 @@ class StabilityCallback(TrainerCallback):
         """What is wrong in the block or the flags is said before anything is loaded or patched."""
         if args.deepspeed:
             config = split_config(load_ds_config(args.deepspeed))[1]
+            _check_block(args, config)
             if config.resolved_loss_path != "stock":
                 _check_loss(args)
 
@@ -182,9 +217,10 @@ class StabilityCallback(TrainerCallback):
         if engine is None:
             logger.warning("ds_stability is enabled, but this Trainer runs without DeepSpeed: nothing is controlled")
             return
-        self.training = True
+        self.training, self.stopped = True, False
+        _check_block(args, engine.stability.config)  # again: DeepSpeed may be configured through Accelerate, not through the arguments
         if engine.stability.loss is not None and engine.stability.loss.chunked:
-            _check_loss(args)  # again: DeepSpeed may be configured through Accelerate, not through the arguments
+            _check_loss(args)
         resumed = state.global_step if state.global_step > 0 else None
         recorder = agree(lambda: _open_recorder(args.output_dir, resumed) if state.is_world_process_zero else None)
         if recorder is not None:
@@ -194,7 +230,7 @@ class StabilityCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, processing_class=None, **kwargs):
         stability = self.engine.stability if self.engine is not None else None
         if stability is not None and stability.needs_held_out:
-            stability.set_held_out(agree(lambda: list(_held_out(stability.config.controller.probe_size))))
+            stability.set_held_out(agree(lambda: _held_out(stability.config.controller.probe_size)))
         if stability is not None and stability.probe is None and stability.config.probe.interval > 0:
             stability.probe = agree(lambda: _make_probe(self.engine, processing_class, args))
             if stability.config.alarm.action != "off":
@@ -206,8 +242,10 @@ class StabilityCallback(TrainerCallback):
             values = stability.probe.run(state.global_step)  # on every rank
             if stability.alarm is not None and values:
                 values |= stability.alarm.check(state.global_step, values)
-                if stability.alarm.stop:
-                    control.should_save = control.should_training_stop = True
+                if stability.alarm.stop and state.global_step < state.max_steps:
+                    self.stopped = control.should_save = control.should_training_stop = True
+                    if args.save_strategy == SaveStrategy.BEST:
+                        control.should_evaluate = False  # Trainer would take back the wish to save
             stability.restart_clock()
             if self.recorder is not None:
                 self.recorder.record(state.global_step, values)
@@ -217,6 +255,10 @@ class StabilityCallback(TrainerCallback):
                     "this trainer's loss does not pass through the model's loss function: token statistics are null"
                     " (for SFTTrainer, \"loss_path\": \"linear\" in the stability block gives them)"
                 )
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:  # Trainer takes a stop for the end of the epoch, which it is not
+            control.should_evaluate = control.should_save = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show in the progress log that the level is reached."""

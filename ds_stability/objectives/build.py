@@ -20,7 +20,7 @@ from ds_stability.objectives.config import (
     UnlikelihoodToken,
 )
 from ds_stability.objectives.reverse_kl import Reference, reverse_kl
-from ds_stability.objectives.rows import micro_batch
+from ds_stability.objectives.rows import MicroBatch, micro_batch
 from ds_stability.objectives.unlikelihood import repeated_ngrams, sequence_level, token_level
 
 
@@ -75,7 +75,9 @@ class Preparation:
 
     def _own_text(self, engine, inputs: dict) -> tuple[dict, RowObjective]:
         """The micro-batch's prefixes, continued greedily by the model, in place of the micro-batch."""
-        ids_BT = continue_greedily(engine, micro_batch(inputs).input_ids_BT, self.config)
+        batch = micro_batch(inputs)
+        _check_context(engine, self.config, min(self.config.prefix_tokens, batch.input_ids_BT.shape[1]))
+        ids_BT = continue_greedily(engine, prefixes(batch, inputs.get("labels"), self.config.prefix_tokens), self.config)
         prefix = ids_BT.shape[1] - self.config.max_new_tokens
         repeated_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
         repeated_BT[:, prefix:] = repeated_ngrams(ids_BT[:, prefix:], self.config.n)
@@ -89,26 +91,42 @@ class Preparation:
         return {**kept, **replaced}, sequence_level(repeated_BT)
 
 
-def continue_greedily(engine, ids_BT: torch.Tensor, config: UnlikelihoodSequence) -> torch.Tensor:
-    """[B, prefix + max_new_tokens]: the first tokens of each row and exactly `max_new_tokens` more. Collective under ZeRO-3.
+def prefixes(batch: MicroBatch, labels_BT: torch.Tensor | None, length: int) -> torch.Tensor:
+    """[B, <= length]: the first tokens of each row that are not padding, cut to the shortest row.
 
-    Raises:
-        StabilityConfigError: the model's context is too short for both.
+    Padding is what the attention mask leaves out, and what stands behind a row's last label. A row of padding alone counts as whole.
     """
-    from transformers import GenerationConfig
+    present_BT = batch.present_BT
+    if labels_BT is not None:
+        supervised_BT = (labels_BT != IGNORE_INDEX).long()
+        present_BT = present_BT & (supervised_BT.flip(1).cumsum(1).flip(1) > 0)
+    empty_B1 = ~present_BT.any(1, keepdim=True)
+    present_BT = present_BT | empty_B1
+    width = min(length, int(present_BT.sum(1).min()))
+    order_BT = (~present_BT).to(torch.int8).argsort(dim=1, stable=True)  # what is present first, in its order
+    return batch.input_ids_BT.gather(1, order_BT[:, :width])
 
-    from ds_stability.gathered import base_model, standalone_module
 
-    prefix = min(config.prefix_tokens, ids_BT.shape[1])
+def _check_context(engine, config: UnlikelihoodSequence, prefix: int) -> None:
+    """Raises StabilityConfigError: the model's context is too short for the longest prefix and what is generated."""
+    from ds_stability.gathered import base_model
+
     context = getattr(base_model(engine.module).config.get_text_config(), "max_position_embeddings", None)
     if context is not None and prefix + config.max_new_tokens > context:
         raise StabilityConfigError(
             f"stability.objective.max_new_tokens: {config.max_new_tokens} is not allowed; must be at most {max(context - prefix, 0)}, as the "
             f"model's context is {context} and a prefix has {prefix} tokens"
         )
+
+
+def continue_greedily(engine, start_BT: torch.Tensor, config: UnlikelihoodSequence) -> torch.Tensor:
+    """[B, prefix + max_new_tokens]: each row of `start_BT` and exactly `max_new_tokens` more. Collective under ZeRO-3."""
+    from transformers import GenerationConfig
+
+    from ds_stability.gathered import base_model, standalone_module
+
     with standalone_module(engine) as module:
         base_model(module).generation_config = GenerationConfig()
-        start_BT = ids_BT[:, :prefix]
         return module.generate(
             input_ids=start_BT, attention_mask=torch.ones_like(start_BT), synced_gpus=False,
             # No end token: every text gets its whole budget, as in the paper.

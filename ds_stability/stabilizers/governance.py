@@ -34,11 +34,26 @@ class Governance:
         self.governor.state.waiting = control.start == "alarm"
         self.surprisal, self.setting = SurprisalState(), Setting()
         self.warned, self.warning = False, None
+        self.held_out: str | None = None  # fingerprint of the sequences that the probe reads
 
     def prepare(self, step, loss):
         loss.setting, loss.permutation_step = self.setting, None
 
     # ---- the held-out probe -------------------------------------------------------------------------------------
+
+    def take_held_out(self, fingerprint: str) -> None:
+        """The sequences that are measured on from now on.
+
+        Raises:
+            StabilityConfigError: the governor has measured on other ones, in this run or before it was resumed.
+        """
+        measured = self.governor.state.measured_step is not None
+        if measured and self.held_out is not None and fingerprint != self.held_out:
+            raise StabilityConfigError(
+                f"the governor's held-out text (sha256 {fingerprint[:12]}) is not the one that this run has measured on "
+                f"({self.held_out[:12]}), so its target would not mean the same; give the same held-out text, or start a new run"
+            )
+        self.held_out = fingerprint
 
     def due(self) -> bool:
         """Whether the held-out probe must be measured before the coming step."""
@@ -135,12 +150,15 @@ class Governance:
 
     def state_dict(self):
         return {"governor": self.governor.state_dict(), "surprisal": asdict(self.surprisal), "setting": asdict(self.setting),
-                "warned": self.warned}  # fmt: skip
+                "warned": self.warned, "held_out": self.held_out}  # fmt: skip
 
     def load_state_dict(self, state):
         self.governor.load_state_dict(state["governor"])
         self.surprisal, self.setting = SurprisalState(**state["surprisal"]), Setting(**state["setting"])
         self.warned = state["warned"]
+        given, self.held_out = self.held_out, state.get("held_out")  # older checkpoints have none
+        if given is not None:  # before the checkpoint was loaded
+            self.take_held_out(given)
 
 
 def check_target(control: ControllerConfig, vocab_size: int) -> None:

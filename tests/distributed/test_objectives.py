@@ -48,6 +48,7 @@ def runs(tmp_path_factory):
     # Stage 2 keeps whole weights. Without num_items each micro-batch has a mean of its own, and all generate equally much.
     own_text = make_run("unlikelihood_sequence", str(folder), stage=2, num_items=False)
     own_text["stability"]["objective"] = {**OBJECTIVES["unlikelihood_sequence"], "probability": 1.0}
+    own_text["stability"]["level"] = 0.0  # feedback would never see a token, and is refused
     runs += [make_run("reverse_kl", str(folder), stage=2), own_text]
     missing = make_run("reverse_kl", str(folder / "nowhere"))
     small = make_run("unlikelihood_sequence", str(folder))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_stability import probe as probe_module
 from ds_stability.alarm import CAUSES, MIN_PIECES, Band, Bands, Reading, Watch, decide, reference_bands
 from ds_stability.alarm_config import AlarmConfig
 from ds_stability.config import StabilityConfig
+from ds_stability.data.packing import IGNORE
 from ds_stability.errors import AlarmStoppedError, StabilityConfigError, StoppedError, UserError
 from ds_stability.integrations import alarm as alarm_module
 from ds_stability.integrations.alarm import Alarm, Piece, blocks_of_file, cut_pieces
+from ds_stability.launchers import setup_run
 from ds_stability.same_block import training_part
 from ds_stability.tags import TAGS
 
@@ -188,13 +192,13 @@ def test_a_stop_by_the_alarm_has_a_code_of_its_own():
 GOVERN = {"alarm": {"action": "govern"}, "controller": {"mode": "governor", "start": "alarm", "warmup_steps": 100}}
 
 
-def make_alarm(blocks, block=None, state=None):
+def make_alarm(blocks, block=None, state=None, oversize=""):
     block = {"alarm": {"action": "warn"}} if block is None else block
     alarm_config = StabilityConfig.parse({**block, "probe": {"interval": 5}}).resolve(pretrained=False)
     started = []
     stability = SimpleNamespace(config=alarm_config, alarm_state=state, start_governor=lambda: started.append(1), started=started)
-    engine = SimpleNamespace(stability=stability, device="cpu", seq_data_parallel_group=None)
-    probe = SimpleNamespace(engine=engine, config=SimpleNamespace(max_new_tokens=4), end_ids=[9], prompts=[[1]] * 3,
+    engine = SimpleNamespace(stability=stability, device="cpu", seq_data_parallel_group=None, train_micro_batch_size_per_gpu=lambda: 3)
+    probe = SimpleNamespace(engine=engine, oversize=oversize, config=SimpleNamespace(max_new_tokens=4), end_ids=[9], prompts=[[1]] * 3,
                             high_frequency_ids=None, tokenizer=SimpleNamespace(all_special_ids=[9]))  # fmt: skip
     return Alarm(probe, blocks, 2)
 
@@ -230,6 +234,77 @@ def test_what_a_collapse_does(alone, block):
         assert done == ((False, False) if step < 110 else (block is GOVERN, block["alarm"]["action"] == "stop"))
         alarm.check(step, COLLAPSED)
     assert alarm.said.startswith("step 105: collapse: ") and len(alarm.engine.stability.started) == (block is GOVERN)
+
+
+def test_the_stop_names_the_collapse_and_not_what_came_beside_it(alone):
+    alarm = make_alarm([list(range(60))], {"alarm": {"action": "stop"}})
+    alarm.bands = dataclasses.replace(alarm.bands, high_frequency=Band(0.4, 0.6))
+    for step in (100, 105):
+        alarm.check(step, {**COLLAPSED, "probe/sample/high_frequency_share": 0.0})
+    assert alarm.said.startswith("step 105: spread: ") and alarm.reason.startswith("step 105: collapse: ") and alarm.stop
+
+
+def test_a_probe_that_would_be_skipped_is_one_line():
+    with pytest.raises(UserError, match=r"alarm.action: warn needs the probe, which is skipped: 9 GiB.*raise stability.probe.max_gather_gib"):
+        make_alarm([list(range(60))], oversize="9 GiB")
+
+
+@pytest.mark.parametrize("partitioned", [True, False])
+def test_the_probe_says_why_it_is_skipped(monkeypatch, partitioned):
+    monkeypatch.setattr(probe_module, "weight_bytes", lambda engine: 3 * 2**30)
+    monkeypatch.setattr(probe_module, "is_partitioned", lambda engine: partitioned)
+    probe = object.__new__(probe_module.Probe)
+    probe.engine, probe.config = None, SimpleNamespace(max_gather_gib=2.0)
+    assert probe.oversize == ("the gathered weights take 3.0 GiB and probe.max_gather_gib is 2" if partitioned else "")
+
+
+def score(monkeypatch, score_batch, others=()):
+    """`Alarm._score` in a world of one, or of more whose failures are `others`."""
+
+    def gather(into, mine):
+        into[:] = [mine, *others]
+
+    monkeypatch.setattr(alarm_module.dist, "get_world_size", lambda: 1 + len(others))
+    monkeypatch.setattr(alarm_module.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(alarm_module.dist, "all_reduce", lambda tensor, group=None: None)
+    monkeypatch.setattr(alarm_module.torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(alarm_module, "standalone_module", lambda engine: nullcontext())
+    monkeypatch.setattr(Alarm, "_score_batch", lambda self, module, pieces: score_batch(pieces))
+    return make_alarm([list(range(60))])._score()
+
+
+def test_scoring_takes_no_more_pieces_at_a_time_than_training_does(monkeypatch):
+    sizes = []
+
+    def count(pieces):
+        sizes.append(len(pieces))
+        return torch.tensor([2.0, 3.0, 1.0], dtype=torch.float64) * len(pieces)
+
+    assert score(monkeypatch, count) == (2.0, 3.0) and sizes == [3, 3, 3, 1]  # of 10 pieces, with a micro-batch of 3
+
+
+def test_what_fails_on_one_rank_is_raised_on_all(monkeypatch):
+    def fail(pieces):
+        raise MemoryError("full")
+
+    with pytest.raises(RuntimeError, match="alarm failed on rank 0: MemoryError"):
+        score(monkeypatch, fail)
+    with pytest.raises(RuntimeError, match="alarm failed on rank 1: OutOfMemoryError"):
+        score(monkeypatch, lambda pieces: torch.ones(3, dtype=torch.float64), ["OutOfMemoryError()"])
+
+
+@pytest.mark.parametrize("pad", [0, 9])
+def test_padding_is_no_reference_text(monkeypatch, pad):
+    """Also where the end token (9) pads: pieces of padding would end at once, and widen every band."""
+    text = torch.arange(10, 50)
+    ids, labels = torch.cat([text, torch.full((40,), pad)]), torch.cat([text, torch.full((40,), IGNORE)])
+    given = []
+    monkeypatch.setattr(setup_run, "Alarm", lambda probe, blocks, context: given.extend(blocks))
+    callback = object.__new__(setup_run.RunCallback)
+    callback.command = SimpleNamespace(stability=StabilityConfig(), data=SimpleNamespace(block_size=80))
+    callback.blocks = [{"input_ids": ids, "labels": labels}, {"input_ids": ids, "labels": torch.full((80,), IGNORE)}]
+    callback._alarm(None)
+    assert given == [text.tolist(), []]
 
 
 def test_a_resumed_run_goes_on_counting(alone):

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ds_stability.governor import MAX_HOLD_STEPS, SATURATED_STEPS, STATISTICS, Governor
@@ -210,6 +210,8 @@ def test_resumes_to_the_bit_through_json():
     st.sampled_from(sorted(STATISTICS)), st.floats(0, 100), st.floats(0, 10), st.floats(0, 0.99), st.floats(1e-6, 50),
     st.floats(1e-3, 8), st.integers(0, 5), st.integers(0, 10),
 )  # fmt: skip
+@example([(0.0, 0.0, 45), (0.0, 0.0234375, 1), (-1.0, 0.0, 1)], "entropy", 0.0, 3.2030083965068856, 0.2935522008641562, 3.0,
+         2.805755122875167, 0, 0)  # fmt: skip
 def test_always_bounded_finite_and_slow(events, statistic, kp, ki, band, slew, limit, warmup, ramp):
     governor = Governor(statistic, kp, ki, band, slew, limit, warmup, ramp)
     for value, target, steps in events:

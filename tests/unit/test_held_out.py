@@ -1,5 +1,6 @@
 """What the governor measures on: dealing sequences out to ranks, padding, modes, and overlap with the training text."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ds_stability import collective
+from ds_stability import held_out as held_out_module
 from ds_stability.config import StabilityConfig
 from ds_stability.config_controller import ControllerConfig
 from ds_stability.data.overlap import WINDOW, _windows, overlapping_share
 from ds_stability.errors import StabilityConfigError
-from ds_stability.held_out import HeldOut, evaluating, first_rows
+from ds_stability.held_out import GovernorProbe, HeldOut, evaluating, first_rows
 from ds_stability.launchers.setup_run import governor_sequences, warn_of_overlap
 from ds_stability.loss import StabilityLoss
 from ds_stability.stabilizers.governance import BONUS, Governance, check_target
@@ -70,6 +73,61 @@ def test_measuring_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), state)
     assert float(before.sums_K[0]) == 0.0 and float(loss.train.sums_K[0]) == 0.0
     assert loss.forwards == 0
+
+
+def test_the_probe_computes_no_loss():
+    model, loss = model_and_loss()
+    held_out = HeldOut(rows_of((6, 6)), 2, 1, 0, 1)
+    wanted = held_out.sums(engine_of(model), loss, torch.device("cpu"))
+    stock, loss.stock = loss.stock, None  # calling it would fail
+    assert torch.equal(held_out.sums(engine_of(model), loss, torch.device("cpu")), wanted)
+    loss.stock = stock
+    row = next(rows_of((6,)))
+    with torch.no_grad():
+        value = model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss
+    assert value > 0  # evaluation by others does
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_forward_of_the_probe_reads_one_sequence(monkeypatch, world):
+    monkeypatch.setattr(held_out_module.dist, "get_world_size", lambda group=None: world)
+    monkeypatch.setattr(held_out_module.dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(held_out_module, "require_equal", lambda *args: None)
+    governance = Governance(control_of(target="initial"), 0.9)
+    probe = GovernorProbe(SimpleNamespace(train_micro_batch_size_per_gpu=lambda: 8), None, governance, None, torch.device("cpu"))
+    probe.set(rows_of((6,) * 5))
+    assert [len(batch["labels"]) for batch in probe.held_out.batches] == [1] * (5 if world == 1 else 3)
+    assert governance.held_out == probe.held_out.fingerprint
+
+
+@pytest.mark.parametrize("load_first", [True, False])
+@pytest.mark.parametrize("letter", ["b", "c"])
+def test_a_resumed_run_needs_the_held_out_text_that_it_had(load_first, letter):
+    governance = Governance(control_of(target="initial"), 0.9)
+    governance.take_held_out("a" * 64)
+    governance.take_held_out("b" * 64)  # nothing was measured yet
+    governance.measure(sums_of())
+    resumed, state = Governance(governance.control, 0.9), json.loads(json.dumps(governance.state_dict()))
+    steps = [lambda: resumed.load_state_dict(state), lambda: resumed.take_held_out(letter * 64)]
+    first, second = steps if load_first else steps[::-1]
+    first()
+    if letter == "b":
+        second()
+        assert resumed.held_out == letter * 64
+    else:
+        with pytest.raises(StabilityConfigError, match=r"held-out text \(sha256 cccccccccccc\) is not the one .* \(bbbbbbbbbbbb\)"):
+            second()
+
+
+def test_unequal_sequences_are_told_with_what_to_give(monkeypatch):
+    def all_reduce(tensor, op=None, group=None):
+        tensor += 1.0 if op == collective.dist.ReduceOp.MAX else 0.0
+
+    monkeypatch.setattr(collective.dist, "all_reduce", all_reduce)
+    with pytest.raises(StabilityConfigError, match="differs between ranks .*; give every rank the same config file"):
+        collective.require_equal({}, torch.device("cpu"), None, "stability block")
+    with pytest.raises(StabilityConfigError, match="differs between ranks .*; give it twice"):
+        collective.require_equal({}, torch.device("cpu"), None, "held-out data", "give it twice")
 
 
 def test_modes_come_back_after_an_error():
@@ -146,6 +204,7 @@ def test_overlap_is_warned_of_in_one_line(capsys, share, mode, told):
     warn_of_overlap(command, training, held_out)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == told and all(line.startswith("warning: 100% of the governor's held-out sequences") for line in lines)
+    assert all(line.endswith("(the first 5,000,000 training tokens were searched)") for line in lines)
 
 
 # ---- the stabilizer ---------------------------------------------------------------------------------------------------

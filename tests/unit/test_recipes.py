@@ -1,5 +1,6 @@
 """Every recipe that ships is a command line that train.py accepts."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,34 @@ def test_a_governor_without_held_out_data_is_refused(command_of):
     recipe = next(recipe for recipe in RECIPES if recipe.stem == "tiny_llama_governor")
     with pytest.raises(UserError, match="measures on held-out text; give --validation_file"):
         command_of(recipe, "--validation_split_percentage", "0")
+
+
+def test_an_alarm_without_a_reference_text_is_refused(command_of, tmp_path):
+    """The training text would take its place without a word."""
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "tiny_gpt2_synthetic")
+    ds_config = yaml.safe_load(recipe.read_text(encoding="utf-8"))["deepspeed"]
+    block = json.loads((REPOSITORY / ds_config).read_text(encoding="utf-8"))
+
+    def command(**alarm):
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({**block, "stability": {"alarm": {"action": "warn", **alarm}, "probe": {"interval": 5}}}))
+        return command_of(recipe, "--deepspeed", str(path), "--validation_split_percentage", "0", "--eval_strategy", "no")
+
+    with pytest.raises(UserError, match="stability.alarm.action warn holds samples against held-out text; give --validation_file"):
+        command()
+    text = tmp_path / "reference.txt"
+    text.write_text("words", encoding="utf-8")
+    assert command(reference_file=str(text)).stability.alarm.reference_file == str(text)
+
+
+def test_a_governor_that_nobody_starts_is_refused(command_of, tmp_path):
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "tiny_llama_governor")
+    ds_config = yaml.safe_load(recipe.read_text(encoding="utf-8"))["deepspeed"]
+    block = json.loads((REPOSITORY / ds_config).read_text(encoding="utf-8"))
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({**block, "stability": {"controller": {"mode": "governor", "start": "alarm"}}}))
+    with pytest.raises(UserError, match='"alarm" is not allowed with stability.alarm.action "off"'):
+        command_of(recipe, "--deepspeed", str(path))
 
 
 def test_level_of_the_text_recipe_is_a_schedule(command_of):
