@@ -1,6 +1,9 @@
 """Runs of seconds, and checks, that several test files share."""
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,3 +35,15 @@ def all_finite(tree) -> bool:
     if isinstance(tree, list | tuple):
         return all(map(all_finite, tree))
     return not isinstance(tree, float) or math.isfinite(tree)
+
+
+def plain_torch(folder: Path, specs: dict) -> dict:
+    """What distributed/reference_worker.py computes for `specs` in a process of its own."""
+    import torch
+
+    (folder / "specs.json").write_text(json.dumps(specs))
+    worker = REPOSITORY / "tests" / "distributed" / "reference_worker.py"
+    command = [sys.executable, str(worker), str(folder / "specs.json"), str(folder / "out.pt")]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return torch.load(folder / "out.pt")

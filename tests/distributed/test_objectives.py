@@ -3,14 +3,13 @@
 Two of the plain functions of a token (all go one way through the loss), and all that prepare their micro-batches.
 """
 
-import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import plain_torch
 
 HERE = Path(__file__).parent
 STEPS, WARMUP = 4, 1
@@ -78,11 +77,7 @@ def references(runs, results, tmp_path_factory):
             specs[run["name"]] = {"run": {**DEFAULTS, **run, "objective": objective, "own_text_steps": own_text_steps(objective)},
                                   "world": 2, "levels": {"clipping": 0.0, "averaging": 0.0},
                                   "metrics": results[run["name"]]["metrics"]}  # fmt: skip
-    (folder / "specs.json").write_text(json.dumps(specs))
-    command = [sys.executable, str(HERE / "reference_worker.py"), str(folder / "specs.json"), str(folder / "out.pt")]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return torch.load(folder / "out.pt")
+    return plain_torch(folder, specs)
 
 
 @pytest.mark.parametrize("name", [*(f"{name}_3" for name in OBJECTIVES), "reverse_kl_2", "unlikelihood_sequence_2"])

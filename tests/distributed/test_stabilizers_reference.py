@@ -1,12 +1,10 @@
 """All four families, alone and together, under ZeRO-3 on two ranks against plain torch on the concatenated batch."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import plain_torch
 
 HERE = Path(__file__).parent
 STEPS, WARMUP = 8, 3
@@ -53,11 +51,7 @@ def references(results, tmp_path_factory):
         levels = {name: families.get(name, {}).get("level", 0.0) for name in ("clipping", "averaging")}
         specs[run["name"]] = {"run": {**defaults, **run}, "world": 2, "levels": levels,
                               "metrics": results[run["name"]]["metrics"]}  # fmt: skip
-    (folder / "specs.json").write_text(json.dumps(specs))
-    command = [sys.executable, str(HERE / "reference_worker.py"), str(folder / "specs.json"), str(folder / "out.pt")]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return torch.load(folder / "out.pt")
+    return plain_torch(folder, specs)
 
 
 @pytest.mark.parametrize("name", [run["name"] for run in RUNS])
