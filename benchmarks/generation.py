@@ -26,6 +26,7 @@ from ds_stability.eval.backends import cache_size, state_kept
 from ds_stability.eval.decoding import DEFAULT_DECODINGS, sample_key
 from ds_stability.eval.generation import Generator, pad_left
 from ds_stability.eval.loading import DTYPES, load
+from ds_stability.eval.work import Progress
 from ds_stability.run_dir import write_json_atomic
 
 PLAIN, GREEDY, CONTINUOUS = "model.generate, greedy", "ours, greedy", "model.generate_batch, greedy"
@@ -118,15 +119,18 @@ def make_arms(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str
 def measure(arms: dict[str, Callable[[], list[list[int]]]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Seconds of each arm in each round, in turns that start with another arm each time, and the texts. One round before
     them pays for allocations."""
-    texts = {name: make() for name, make in arms.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for number in range(rounds):
+    names, seconds, texts = list(arms), {name: [] for name in arms}, {}
+    progress = Progress("generation", (1 + rounds) * len(names))
+    for number in range(1 + rounds):
         shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for place, name in enumerate(names[shift:] + names[:shift], 1):
             start = time.perf_counter()
-            arms[name]()  # ends in a copy to the host, so that nothing is left in flight
-            seconds[name].append(time.perf_counter() - start)
+            made = arms[name]()  # ends in a copy to the host, so that nothing is left in flight
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                texts[name] = made
+            progress.show(number * len(names) + place)
     return seconds, texts
 
 
