@@ -54,7 +54,7 @@ def main() -> int:
         stages = {name: run_stage(name, folder, samples, arguments.tokens) for name in STAGES}
         sizes.append({"samples": samples, "jsonl_mib": (folder / "cells/cell/samples.jsonl").stat().st_size / 2**20, **stages})
         shutil.rmtree(folder)
-        print(common.text_table(*million_table({"sizes": sizes})) + "\n", flush=True)
+        print(common.text_table(*million_table({"sizes": sizes})) + f"\n{growth({'sizes': sizes})}\n", flush=True)
     result = common.describe_measurement("million", {"seed": SEED}, {
         "tokens": arguments.tokens, "samples_per_prompt": PER_PROMPT, "vocabulary": VOCABULARY, "references": REFERENCES, "threads": 1})  # fmt: skip
     write_json_atomic(output / "million.json", result | {"seconds": round(time.monotonic() - started, 1), "sizes": sizes})
@@ -104,7 +104,7 @@ def write_journal(folder: Path, samples: int, tokens: int) -> None:
     task, cell = make_task(samples, tokens), CellDir(folder, "cell")
     with cell.journal.open(0, 1) as journal:
         for number, unit in enumerate(task.units()):
-            rows = task.batches[unit]
+            rows = task.rows(unit)
             texts = draw_texts(len(rows), tokens, SEED + 2 + number)
             journal.append(task.name, unit, [
                 Sample(row.prompt.index, DECODING.name, row.sample, 0, ids, written(ids), "length" if len(ids) == tokens else "eos",
@@ -166,6 +166,17 @@ def million_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             for name, stage in size[process].items():
                 rows.append([f"{size['samples']:,} {process}: {name}", f"{stage['seconds']:.1f}", f"{stage['peak_mib']:.0f}"])
     return ["samples, process: stage", "seconds", "peak so far, MiB"], rows
+
+
+def growth(result: dict[str, Any]) -> str:
+    """Bytes of peak memory that each sample beyond those of the smallest size adds, of both processes."""
+    first, last = result["sizes"][0], result["sizes"][-1]
+    if first is last:
+        return ""
+    peaks = [{process: list(size[process].values())[-1]["peak_mib"] for process in STAGES} for size in (first, last)]
+    each = {process: (peaks[1][process] - peaks[0][process]) * 2**20 / (last["samples"] - first["samples"]) for process in STAGES}
+    return (f"From {first['samples']:,} to {last['samples']:,} samples the peak grows by "
+            + " and ".join(f"{each[process]:.0f} bytes a sample ({process})" for process in STAGES) + ".")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def generation_section(result: dict[str, Any]) -> str:
 
 
 def million_section(result: dict[str, Any]) -> str:
-    return common.markdown_table(*million.million_table(result))
+    return f"{common.markdown_table(*million.million_table(result))}\n\n{million.growth(result)}"
 
 
 def load_once_section(result: dict[str, Any]) -> str:

@@ -278,20 +278,21 @@ class CellDir:
 
 
 def write_sorted(path: Path, rows: Iterable[dict[str, Any]], key: Callable[[dict[str, Any]], tuple[int, int, int]]) -> None:
-    """A line a row, by `key`: the lines are laid down as they come, then copied in order. Forty bytes of memory a row."""
-    places = array("q")
+    """A line a row, by `key`: the lines are laid down as they come, then copied in order. Some fifty bytes of memory a row."""
+    keys, starts = (array("i"), array("q"), array("i")), array("q", [0])
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent) as unsorted:
         for row in rows:
             line = dump_line(row).encode("utf-8")
-            places.extend((*key(row), unsorted.tell(), len(line)))
+            for column, value in zip(keys, key(row), strict=True):
+                column.append(value)
+            starts.append(starts[-1] + len(line))
             unsorted.write(line)
-        columns = np.frombuffer(places, dtype=np.int64).reshape(-1, 5).T
 
         def lines() -> Iterator[bytes]:
-            for place in np.lexsort(columns[2::-1]):
-                unsorted.seek(columns[3, place])
-                yield unsorted.read(columns[4, place])
+            for place in np.lexsort(keys[::-1]):
+                unsorted.seek(starts[place])
+                yield unsorted.read(starts[place + 1] - starts[place])
 
         write_atomic_parts(path, lines())
 
@@ -299,7 +300,7 @@ def write_sorted(path: Path, rows: Iterable[dict[str, Any]], key: Callable[[dict
 def write_items(path: Path, measured: Iterable[Measured]) -> None:
     """items.parquet: what every figure is made of, a row a unit: metric, decoding, split, unit_id, total, count.
 
-    A row group holds whole figures, GROUP_ROWS rows or a few more: memory does not grow with the number of figures.
+    A row group holds GROUP_ROWS rows at most: memory does not grow with the number of figures, or of units.
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -311,25 +312,30 @@ def write_items(path: Path, measured: Iterable[Measured]) -> None:
         with parquet.ParquetWriter(file, schema) as writer:
             for group in _groups(measured):
                 columns: dict[str, list] = {name: [] for name in (*texts, *numbers)}
-                for figure in group:
-                    size = len(figure.units)
+                for figure, rows in group:
+                    units = figure.units[rows]
                     for name in texts[:3]:
-                        columns[name] += [getattr(figure, name)] * size
-                    columns["unit_id"] += map(str, figure.units)
-                    columns["total"] += figure.totals.tolist()
-                    columns["count"] += figure.counts.tolist()
+                        columns[name] += [getattr(figure, name)] * len(units)
+                    columns["unit_id"] += map(str, units)
+                    columns["total"] += figure.totals[rows].tolist()
+                    columns["count"] += figure.counts[rows].tolist()
                 writer.write_table(pa.table(columns, schema=schema))
         file.seek(0)
         write_atomic_parts(path, iter(lambda: file.read(2**20), b""))
 
 
-def _groups(measured: Iterable[Measured]) -> Iterator[list[Measured]]:
-    group: list[Measured] = []
+def _groups(measured: Iterable[Measured]) -> Iterator[list[tuple[Measured, slice]]]:
+    """Figures, or parts of those with many units: GROUP_ROWS rows at most together."""
+    group: list[tuple[Measured, slice]] = []
+    rows = 0
     for figure in measured:
-        group.append(figure)
-        if sum(len(one.units) for one in group) >= GROUP_ROWS:
-            yield group
-            group = []
+        for start in range(0, len(figure.units), GROUP_ROWS):
+            size = min(GROUP_ROWS, len(figure.units) - start)
+            if rows + size > GROUP_ROWS:
+                yield group
+                group, rows = [], 0
+            group.append((figure, slice(start, start + size)))
+            rows += size
     if group:
         yield group
 

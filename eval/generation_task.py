@@ -75,29 +75,31 @@ class GenerationTask:
         self.prompts, self.seeds, self.samples_per_prompt = list(prompts), list(seeds), samples_per_prompt
         self.max_new_tokens, self.batch_size, self.metrics = max_new_tokens, batch_size, metrics
         self.decodings = {decoding.name: decoding for decoding in decodings}
-        self.batches = {f"{name}/{number:05d}": rows
-                        for name, decoding in self.decodings.items()
-                        for number, rows in enumerate(self._batches(decoding))}  # fmt: skip
+        self._by_length = sorted(self.prompts, key=lambda prompt: (len(prompt.token_ids), prompt.index))
 
-    def _batches(self, decoding: Decoding) -> list[list[Row]]:
-        rows = [row for prompt in self.prompts for row in self._rows(prompt, decoding)]
-        rows.sort(key=lambda row: (len(row.prompt.token_ids), row.prompt.index, row.sample))
-        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-
-    def _rows(self, prompt: Prompt, decoding: Decoding) -> list[Row]:
-        if not decoding.sampled:
-            return [Row(prompt, self.seeds[0], 0, 0)]
-        count = self.samples_per_prompt
-        return [Row(prompt, seed, number, position * count + number)
-                for position, seed in enumerate(self.seeds) for number in range(count)]  # fmt: skip
+    def _texts_of_a_prompt(self, decoding: Decoding) -> int:
+        return len(self.seeds) * self.samples_per_prompt if decoding.sampled else 1
 
     def units(self) -> list[str]:
         """"DECODING/BATCH", by decoding in the order of the suite, then by length of prompt."""
-        return list(self.batches)
+        return [f"{name}/{number:05d}" for name, decoding in self.decodings.items()
+                for number in range(-(-len(self.prompts) * self._texts_of_a_prompt(decoding) // self.batch_size))]  # fmt: skip
+
+    def rows(self, unit: str) -> list[Row]:
+        """The texts of a batch; made anew each time, as a cell may have millions."""
+        name, number = unit.rsplit("/", 1)
+        each = self._texts_of_a_prompt(self.decodings[name])
+        first = int(number) * self.batch_size
+        last = min(first + self.batch_size, len(self.prompts) * each)
+        return [self._row(*divmod(place, each)) for place in range(first, last)]
+
+    def _row(self, prompt: int, sample: int) -> Row:
+        seed, number = divmod(sample, self.samples_per_prompt)
+        return Row(self._by_length[prompt], self.seeds[seed], number, sample)
 
     def run(self, unit: str, scratch: Path) -> list[dict[str, Any]]:
         """The Samples of one batch as JSON, in the order of its rows."""
-        rows, decoding = self.batches[unit], self.decodings[unit.rsplit("/", 1)[0]]
+        rows, decoding = self.rows(unit), self.decodings[unit.rsplit("/", 1)[0]]
         keys = [sample_key(row.seed, decoding.name, row.prompt.index, row.number) for row in rows]
         texts = self.generator.generate_keyed([row.prompt.token_ids for row in rows], decoding, keys, self.max_new_tokens)
         return [self._sample(row, decoding, text).to_dict() for row, text in zip(rows, texts, strict=True)]
@@ -118,7 +120,8 @@ class GenerationTask:
 
     def measure(self, records: Iterable[dict[str, Any]], scratch: Path) -> list[Measured]:
         """The metrics of every decoding, in the order of the suite; the texts of one prompt are one unit."""
-        return samples_measured([Sample.compact(record) for record in records], self.context, self.metrics)
+        scratch.mkdir(parents=True, exist_ok=True)
+        return samples_measured(map(Sample.from_dict, records), self.context, self.metrics, scratch)
 
 
 def _check_unique(what: str, values: list[Any]) -> None:

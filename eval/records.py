@@ -4,8 +4,6 @@ Every figure is kept as `Measured`: a (total, count) for each of its units until
 resampled and paired between two models: prompts, documents, or disjoint groups of texts.
 """
 
-import sys
-from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ FINISH_REASONS = ("eos", "length", "non_finite")
 Bigrams = tuple[np.ndarray, np.ndarray]  # pairs int64 [R, 2], counts int64 [R]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """What a model continues; `reference_*` is how a human went on (None where nobody did)."""
 
@@ -66,12 +64,6 @@ class Sample:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Sample":
         return cls(**record)
-
-    @classmethod
-    def compact(cls, record: dict[str, Any]) -> "Sample":
-        """As `from_dict`, in a third of the memory: ids as 32-bit integers, one string for each decoding and end."""
-        names = {name: sys.intern(record[name]) for name in ("decoding", "finish")}
-        return cls(**(record | names | {"token_ids": array("i", record["token_ids"])}))
 
 
 @dataclass

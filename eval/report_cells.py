@@ -9,13 +9,15 @@ lacks beside its scores (samples cut off, no training metrics) is a problem that
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as parquet
 
 from ds_stability.errors import UserError
 
@@ -23,6 +25,7 @@ from .records import Measured
 
 NUMBERS = ("value", "n", "units", "stderr", "ci_low", "ci_high")  # of a row of scores.json
 ITEM_COLUMNS = ("metric", "decoding", "split", "unit_id", "total", "count")
+ITEM_ROWS = 2**15  # read at once
 OWN_AXES = ("level", "stability.level", "architecture", "seed", "arm")  # what the report already distinguishes
 UNTOUCHED = "untouched"
 
@@ -183,10 +186,32 @@ def _read_items(path: Path, rows: dict[Key, dict[str, Any]]) -> dict[Key, Measur
     """Units by key, in the order of their ids, so that equal sets of units are equal lists."""
     if not path.exists():
         return {}
+    found: dict[Key, list[tuple]] = defaultdict(list)  # pieces of each figure: units as an arrow array, totals, counts
     try:
-        frame = pd.read_parquet(path, columns=list(ITEM_COLUMNS))
+        for batch in parquet.ParquetFile(path).iter_batches(ITEM_ROWS, columns=list(ITEM_COLUMNS)):
+            for key, piece in _figures(batch.to_pandas()):
+                found[key].append(piece)
+    except _Broken:
+        raise
     except Exception as error:  # pyarrow has errors of its own for each way in which a file can be broken
         raise _Broken(f"items.parquet: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    measured: dict[Key, Measured] = {}
+    units: list[str] = []  # most figures have the same ones: one list for all
+    for key in list(found):
+        pieces = found.pop(key)
+        if _number(rows.get(key, {}).get("value")) is None:
+            continue
+        names = np.concatenate([piece[0].to_numpy(zero_copy_only=False) for piece in pieces])
+        order = np.argsort(names.astype(str), kind="stable")
+        names = names[order].tolist()
+        units = units if names == units else names
+        measured[key] = Measured(key.metric, units, *(np.concatenate(column)[order] for column in list(zip(*pieces, strict=True))[1:]),
+                                 key.decoding, key.split)  # fmt: skip
+    return measured
+
+
+def _figures(frame: pd.DataFrame) -> Iterator[tuple[Key, tuple]]:
+    """(key, (units, totals, counts)) of the figures in some rows. _Broken for columns of another kind."""
     try:
         texts = all(isinstance(value, str) or pd.isna(value) for name in ("metric", "decoding", "split") for value in frame[name].unique())
     except (TypeError, ValueError):  # lists and the like
@@ -196,13 +221,9 @@ def _read_items(path: Path, rows: dict[Key, dict[str, Any]]) -> dict[Key, Measur
     names = [frame[name].astype(object).where(frame[name].notna(), None).to_numpy() for name in ("metric", "decoding", "split")]
     units, totals, counts = frame["unit_id"].astype(str).to_numpy(dtype=object), frame["total"].to_numpy(np.float64), frame["count"].to_numpy(np.float64)
     codes = frame.groupby(["metric", "decoding", "split"], dropna=False, sort=False).ngroup().to_numpy()
-    order = np.lexsort((units.astype(str), codes))
-    measured = {}
+    order = np.argsort(codes, kind="stable")
     for places in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else ():
-        key = Key(*(column[places[0]] for column in names))
-        if _number(rows.get(key, {}).get("value")) is not None:
-            measured[key] = Measured(key.metric, units[places].tolist(), totals[places], counts[places], key.decoding, key.split)
-    return measured
+        yield Key(*(column[places[0]] for column in names)), (pa.array(units[places], pa.string()), totals[places], counts[places])
 
 
 def _name_variants(cells: Sequence[Cell]) -> None:

@@ -6,6 +6,7 @@ move the cursor of a terminal, end a string early or turn the direction of what 
 
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from .report_cells import Cell, Evaluation
@@ -62,20 +63,17 @@ def collect(evaluation: Evaluation) -> dict[str, Any]:
 
     The first sample of each prompt and decoding; as many prompts, evenly spread, as the budget allows for all cells.
     """
-    firsts: dict[int, dict[tuple[str, int], dict[str, Any]]] = {}
+    chosen = _choose(_lengths(cell, evaluation.problems) for cell in evaluation.cells)
+    texts = []
     for place, cell in enumerate(evaluation.cells):
-        own = firsts.setdefault(place, {})
-        for record in read_lines(cell, evaluation.problems):
-            if record["sample"] == 0:
-                own[str(record["decoding"]), record["prompt"]] = {"text": _cut(record["text"]), "finish": _cut(record.get("finish"))}
-    chosen = _choose(firsts)
-    texts = [
-        [place, decoding, prompt, _shown(record["text"]), record["finish"]]
-        for place, own in firsts.items() for (decoding, prompt), record in own.items() if prompt in chosen
-    ]  # fmt: skip
+        # Its broken lines were named when it was read for the first time.
+        own = {(str(record["decoding"]), record["prompt"]): record
+               for record in read_lines(cell, []) if record["sample"] == 0 and record["prompt"] in chosen}  # fmt: skip
+        texts += [[place, decoding, prompt, _shown(_cut(record["text"])), _cut(record.get("finish"))]
+                  for (decoding, prompt), record in own.items()]  # fmt: skip
     cells = [{"id": cell.id, "architecture": cell.architecture, "arm": cell.arm, "level": cell.level, "seed": cell.seed}
              for cell in evaluation.cells]  # fmt: skip
-    prompts, human = ({str(index): _shown(text) for index, text in read.items() if index in chosen} for read in _prompts(evaluation.cells))
+    prompts, human = ({str(index): _shown(text) for index, text in read.items()} for read in _prompts(evaluation.cells, chosen))
     return {"prompts": prompts, "human": human, "cells": cells, "texts": texts}
 
 
@@ -89,32 +87,44 @@ def _shown(text: Any) -> str:
     return shown if len(shown) <= TEXT_CHARACTERS else shown[:TEXT_CHARACTERS] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _choose(firsts: dict[int, dict[tuple[str, int], dict[str, Any]]]) -> set[int]:
+def _lengths(cell: Cell, problems: list[str]) -> dict[str, dict[int, int]]:
+    """Characters that the first sample of each prompt would take on the page, by decoding."""
+    lengths: dict[str, dict[int, int]] = {}
+    for record in read_lines(cell, problems):
+        if record["sample"] == 0:
+            lengths.setdefault(str(record["decoding"]), {})[record["prompt"]] = min(TEXT_CHARACTERS, len(str(_cut(record["text"])))) + 40
+    return lengths
+
+
+def _choose(cells: Iterable[dict[str, dict[int, int]]]) -> set[int]:
     """Prompts that fit the budget, evenly spread over all."""
-    lengths: dict[int, int] = {}
-    for own in firsts.values():
-        for (_, prompt), record in own.items():
-            lengths[prompt] = lengths.get(prompt, 0) + min(TEXT_CHARACTERS, len(str(record["text"]))) + 40
-    prompts = sorted(lengths)
-    if not prompts:
+    seen: set[int] = set()
+    characters = 0
+    for lengths in cells:
+        for own in lengths.values():
+            seen.update(own)
+            characters += sum(own.values())
+    if not seen:
         return set()
-    average = sum(lengths.values()) / len(prompts)
+    prompts, average = sorted(seen), characters / len(seen)
     count = max(1, min(MAX_PROMPTS, len(prompts), int(BUDGET_CHARACTERS / average)))
     return {prompts[place * len(prompts) // count] for place in range(count)}
 
 
-def _prompts(cells: Iterable[Cell]) -> tuple[dict[int, str], dict[int, str]]:
-    """Text of each prompt, and how a human went on, from the first prompts.jsonl of a cell; all cells share them."""
+def _prompts(cells: Iterable[Cell], chosen: set[int]) -> tuple[dict[int, str], dict[int, str]]:
+    """Text of the chosen prompts, and how a human went on, from the first prompts.jsonl of a cell; all cells share them."""
     path = next((cell.folder / "prompts.jsonl" for cell in cells if (cell.folder / "prompts.jsonl").exists()), None)
     prompts: dict[int, str] = {}
     human: dict[int, str] = {}
-    # Not splitlines: it also splits at U+2028 and the like, which stand in texts as they are.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path else ():
-        try:
-            record = json.loads(line)
-            prompts[int(record["index"])] = str(record["text"])
-            if record.get("reference_text"):
-                human[int(record["index"])] = str(record["reference_text"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # a prompt that cannot be shown; its continuations still are
+    with nullcontext(()) if path is None else path.open("rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line.decode("utf-8", errors="replace"))
+                index = int(record["index"])
+                if index in chosen:
+                    prompts[index] = str(record["text"])
+                    if record.get("reference_text"):
+                        human[index] = str(record["reference_text"])
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                continue  # a prompt that cannot be shown; its continuations still are
     return prompts, human

@@ -4,7 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .records import Measured, Prompt, Sample, ScoringContext, Task, jackknife_units
+from .sample_table import tables_of
 from .suite import REFERENCE, Suite
 from .work import SAMPLES
 
@@ -34,20 +37,27 @@ def reference_samples(prompts: Sequence[Prompt], max_new_tokens: int) -> list[Sa
     ]  # fmt: skip
 
 
-def samples_measured(samples: Sequence[Sample], context: ScoringContext, metrics: Sequence[str] | None) -> list[Measured]:
+def samples_measured(samples: Iterable[Sample], context: ScoringContext, metrics: Sequence[str] | None,
+                     folder: Path | None = None) -> list[Measured]:  # fmt: skip
     """The metrics of samples, decoding by decoding; sentence structure too, unless single metrics were asked for.
 
     Those of the human continuations (decoding "reference") are what a model would show that wrote as people do.
+
+    Args:
+        samples: gone through once. folder: for the files that hold them meanwhile; None: where temporary files go.
     """
     from .metrics.score_samples import score_samples
     from .structure import structure_scores
 
     measured: list[Measured] = []
-    for decoding in dict.fromkeys(sample.decoding for sample in samples):
-        chosen = sorted((sample for sample in samples if sample.decoding == decoding), key=lambda sample: sample.key)
-        measured += score_samples(chosen, context, None if metrics is None else list(metrics))
+    tables = tables_of(samples, folder)
+    for decoding in list(tables):
+        table = tables.pop(decoding)
+        measured += score_samples(table, context, None if metrics is None else list(metrics))
         if metrics is None:
-            texts = [None if sample.finish == "non_finite" else sample.text for sample in chosen]
+            # Not by sample first, as the table is: a group of texts is all samples of a prompt.
+            by_prompt = np.lexsort((table.sample, table.prompt)).astype(np.int32)
+            texts = (None if sample.finish == "non_finite" else sample.text for sample in table.rows(by_prompt))
             measured += structure_scores(texts, context.reference_texts, context.group_texts, decoding)
     return measured
 

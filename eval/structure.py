@@ -11,9 +11,12 @@ Samples and references should be about equally long: the longer a sentence, the 
 
 import math
 import re
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from .records import Measured, jackknife_units
 
 LONGEST = 80  # words: the last cell of the histogram takes all longer sentences (total variation only)
 MARKS = ".,;:!?-()\"'"  # what the distribution of punctuation runs over, and "other"
+_MARK_NAMES = (*MARKS, "other")
 _END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]]*(?=\s|$)")
 _BORDER = re.compile(r"\n\s*\n")
 _WORD = re.compile(r"\S*\w\S*")
@@ -64,7 +68,7 @@ class Structure:
     endless: int = 0
 
     @classmethod
-    def of(cls, texts: Sequence[str | None]) -> "Structure":
+    def of(cls, texts: Iterable[str | None]) -> "Structure":
         result = cls()
         for text in texts:
             if text is None:
@@ -88,6 +92,39 @@ class Structure:
     @property
     def sentences(self) -> int:
         return self.lengths.total()
+
+
+class PackedStructures(Sequence[Structure]):
+    """Structures of many groups, as whole numbers: some dozen of four bytes a group instead of two dictionaries."""
+
+    def __init__(self, structures: Iterable[Structure]):
+        self.numbers, self.places = array("i"), array("q")
+        for one in structures:
+            self.places.append(len(self.numbers))
+            self.numbers.extend((one.words, one.texts, one.endless, len(one.lengths)))
+            for length, count in one.lengths.items():
+                self.numbers.extend((length, count))
+            for mark, count in one.marks.items():
+                self.numbers.extend((_MARK_NAMES.index(mark), count))
+        self.places.append(len(self.numbers))
+
+    def __len__(self) -> int:
+        return len(self.places) - 1
+
+    def __getitem__(self, group: int) -> Structure:
+        words, texts, endless, lengths, *pairs = self.numbers[self.places[group] : self.places[group + 1]]
+        keys, counts = pairs[::2], pairs[1::2]
+        marks = Counter({_MARK_NAMES[mark]: count for mark, count in zip(keys[lengths:], counts[lengths:], strict=True)})
+        return Structure(Counter(dict(zip(keys[:lengths], counts[:lengths], strict=True))), marks, words, texts, endless)
+
+    def pooled(self) -> Structure:
+        """The sum of all."""
+        total = Structure()
+        for one in self:
+            total.lengths.update(one.lengths)
+            total.marks.update(one.marks)
+            total.words, total.texts, total.endless = total.words + one.words, total.texts + one.texts, total.endless + one.endless
+        return total
 
 
 def total_variation(first: Counter, second: Counter) -> float | None:
@@ -115,7 +152,7 @@ def _capped(lengths: Counter[int]) -> Counter[int]:
 
 
 def structure_scores(
-    texts: Sequence[str | None], reference_texts: Sequence[str], group_texts: int = 8, decoding: str | None = None
+    texts: Iterable[str | None], reference_texts: Sequence[str], group_texts: int = 8, decoding: str | None = None
 ) -> list[Measured]:
     """Figures of the samples `texts` of one decoding; units are groups of `group_texts` consecutive texts.
 
@@ -123,8 +160,7 @@ def structure_scores(
     Distances are pooled over all texts, with jackknife units; the references are taken as fixed. Null, with a note:
     means without a sentence end, distances without one on either side, anything about no text at all.
     """
-    groups = [Structure.of(texts[start : start + group_texts]) for start in range(0, len(texts), group_texts)]
-    build = _Builder(groups, Structure.of(reference_texts), {"group_texts": group_texts}, decoding)
+    build = _Builder(PackedStructures(map(Structure.of, _groups(texts, group_texts))), Structure.of(reference_texts), {"group_texts": group_texts}, decoding)
     no_end, no_word, no_text = "no text ends a sentence", "no text holds a word", "no texts"
     return [
         build.ratio("sentence_length", lambda s: sum(n * c for n, c in s.lengths.items()), lambda s: s.sentences, "words", no_end),
@@ -139,21 +175,34 @@ def structure_scores(
     ]  # fmt: skip
 
 
+def _groups(texts: Iterable[str | None], size: int) -> Iterator[list[str | None]]:
+    source = iter(texts)
+    return iter(lambda: list(islice(source, size)), [])
+
+
 @dataclass
 class _Builder:
-    groups: list[Structure]
+    groups: PackedStructures
     reference: Structure
     settings: dict[str, Any]
     decoding: str | None
 
+    @cached_property
+    def units(self) -> list[int]:
+        return list(range(len(self.groups)))
+
+    @cached_property
+    def pooled(self) -> Structure:
+        return self.groups.pooled()
+
     def ratio(self, metric: str, total: Callable, count: Callable, unit: str, missing: str) -> Measured:
-        totals, counts = [float(total(group)) for group in self.groups], [float(count(group)) for group in self.groups]
-        note = None if sum(counts) else missing
-        return Measured(metric, list(range(len(totals))), totals, counts, self.decoding, unit=unit, settings=self.settings, note=note)
+        totals, counts = np.array([(total(group), count(group)) for group in self.groups], dtype=np.float64).reshape(-1, 2).T
+        note = None if counts.sum() else missing
+        return Measured(metric, self.units, totals, counts, self.decoding, unit=unit, settings=self.settings, note=note)
 
     def distance(self, metric: str, between: Callable, unit: str, missing: str, **settings: Any) -> Measured:
         where = {"decoding": self.decoding, "unit": unit, "settings": {**self.settings, "method": "pooled, jackknife over groups", **settings}}
-        pooled = sum(self.groups, Structure())
+        pooled = self.pooled
         value = between(pooled, self.reference)
         if value is None:
             place = "the references" if between(pooled, pooled) is not None else "the samples"
@@ -162,4 +211,4 @@ class _Builder:
         without = [between(pooled - group, self.reference) for group in self.groups]
         if len(self.groups) == 1 or None in without:
             return Measured(metric, ["all"], [value], [1.0], note="one group only holds all there is: no spread", **where)
-        return Measured(metric, list(range(len(without))), *jackknife_units(value, without), **where)
+        return Measured(metric, self.units, *jackknife_units(value, without), **where)

@@ -5,6 +5,7 @@ both sides over all V^n n-grams of the vocabulary (special ids left out): forwar
 likelihood minimizes, reverse is KL(outputs || data).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +23,15 @@ COVERAGE_N = 2
 def measure_shares(layout: Layout) -> list[Measured]:
     """high_frequency_share and top_K_share: tokens in a set over all tokens, special ones in neither; units are prompts."""
     context, special = layout.context, np.asarray(layout.context.special_ids, dtype=np.int64)
-    rows = []
+    rows: list[Measured | None] = []
+    sets: list[tuple[str, np.ndarray, dict[str, object]]] = []  # one for each None among the rows
     if context.high_frequency_ids is None:
         missing = "no high-frequency set: the model's folder has none; give --reference_file"
         rows.append(layout.null("high_frequency_share", missing))
     else:
         ids = np.setdiff1d(np.asarray(context.high_frequency_ids, dtype=np.int64), special)
-        rows.append(_share(layout, "high_frequency_share", ids, {"set_size": len(ids)}))
+        rows.append(None)
+        sets.append(("high_frequency_share", ids, {"set_size": len(ids)}))
     for k in TOP_K:
         name = f"top_{k}_share"
         if context.training_unigrams is None:
@@ -42,14 +45,21 @@ def measure_shares(layout: Layout) -> list[Measured]:
             continue
         # Ties by id, as in data.frequency.
         ids = np.lexsort((np.arange(len(counts)), -counts))[:k]
-        rows.append(_share(layout, name, ids, {"k": k, "training_share": float(counts[ids].sum() / counts.sum())}))
-    return rows
+        rows.append(None)
+        sets.append((name, ids, {"k": k, "training_share": float(counts[ids].sum() / counts.sum())}))
+    shares = _shares(layout, sets)
+    return [next(shares) if row is None else row for row in rows]
 
 
-def _share(layout: Layout, name: str, ids: np.ndarray, settings: dict[str, object]) -> Measured:
-    corpus = layout.corpus
-    inside = np.bincount(corpus.text_of, np.isin(corpus.tokens, ids), len(corpus.lengths))
-    return layout.per_prompt(name, inside, corpus.lengths, "no tokens", settings=settings)
+def _shares(layout: Layout, sets: list[tuple[str, np.ndarray, dict[str, object]]]) -> Iterator[Measured]:
+    """One row a set (name, ids, settings); the texts are gone through once."""
+    inside = np.zeros((len(sets), len(layout.lengths)), dtype=np.int32)
+    for texts in layout.parts() if sets else ():
+        corpus = layout.corpus_of(texts)
+        for row, (_, ids, _) in zip(inside, sets, strict=True):
+            row[texts] = np.bincount(corpus.text_of, np.isin(corpus.tokens, ids), len(texts))
+    for row, (name, _, settings) in zip(inside, sets, strict=True):
+        yield layout.per_prompt(name, row, layout.lengths, "no tokens", settings=settings)
 
 
 @dataclass(frozen=True)

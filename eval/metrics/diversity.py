@@ -6,6 +6,7 @@ likelihood, after Clauset et al. 2009 (arXiv 0706.1062) with ranks as the variab
 """
 
 import gzip
+from array import array
 
 import numpy as np
 
@@ -25,7 +26,7 @@ def measure_distinct(layout: Layout, grams: GramCounts) -> list[Measured]:
         name = f"distinct_{n}"
         settings = {"n": n, "group_tokens": layout.group_tokens, "groups": len(total), "size_from": layout.size_from}
         if not total.any():
-            found = len(layout.corpus.tokens)
+            found = int(layout.lengths.sum())
             rows.append(layout.null(name, f"no group of {layout.group_tokens} tokens with a {n}-gram in it ({found} tokens)",
                                     settings=settings))  # fmt: skip
             continue
@@ -45,17 +46,30 @@ def measure_compression(layout: Layout) -> list[Measured]:
     of another size are not comparable.
     """
     name, size = "compression_ratio", layout.group_texts * layout.text_bytes
-    order = [int(i) for i in layout.block_order if layout.samples[i].text]
-    data = [encode(layout.samples[i].text) + b"\n" for i in order]
-    ends, stream = np.cumsum([len(text) for text in data]), b"".join(data)
-    groups = len(stream) // size
-    settings = {"group_bytes": size, "groups": groups, "gzip_level": GZIP_LEVEL, "size_from": layout.size_from}
-    if not groups:
-        return [layout.null(name, f"{len(stream)} bytes of text, fewer than the {size} of a group", unit="ratio",
-                            settings=settings)]  # fmt: skip
-    compressed = np.array([compressed_size(stream[g * size : (g + 1) * size]) for g in range(groups)])
-    first = np.searchsorted(ends, np.arange(groups) * size, side="right")
-    return [layout.per_block(name, np.array(order)[first], np.full(groups, size), compressed, "ratio", settings)]
+    compressed, first, found = _compressed_groups(layout, size)
+    settings = {"group_bytes": size, "groups": len(compressed), "gzip_level": GZIP_LEVEL, "size_from": layout.size_from}
+    if not len(compressed):
+        return [layout.null(name, f"{found} bytes of text, fewer than the {size} of a group", unit="ratio", settings=settings)]
+    return [layout.per_block(name, first, np.full(len(compressed), size), compressed, "ratio", settings)]
+
+
+def _compressed_groups(layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(bytes of each group once compressed, the text it starts in, bytes of the whole stream), a part of the stream at a time."""
+    compressed, first, done, left = array("q"), array("q"), 0, b""  # `left`: behind the last group so far; `done` bytes before it
+    start: int | None = None  # the text in which the next group starts, where that text lies in an earlier part
+    for texts in layout.parts(layout.block_order):
+        chosen = [(text, data) for text, data in zip(texts.tolist(), map(encode, layout.written(texts)), strict=True) if data]
+        stream = left + b"".join(data + b"\n" for _, data in chosen)
+        ends = np.cumsum([len(left), *(len(data) + 1 for _, data in chosen)])
+        owners = [start, *(text for text, _ in chosen)]
+        groups = len(stream) // size
+        for group in range(groups):
+            compressed.append(compressed_size(stream[group * size : (group + 1) * size]))
+            first.append(owners[np.searchsorted(ends, group * size, side="right")])
+        left = stream[groups * size :]
+        done += groups * size
+        start = owners[np.searchsorted(ends, groups * size, side="right")] if left else None
+    return np.array(compressed), np.array(first), done + len(left)
 
 
 def entropy_rows(counts: np.ndarray) -> np.ndarray:

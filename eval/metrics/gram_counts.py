@@ -11,7 +11,6 @@ from .layout import Layout
 from .ngrams import distinct_per_owner, gram_numbers
 
 MAX_N = 4
-PART_TOKENS = 2**20  # about so many tokens at once: some hundred MiB
 
 
 @dataclass(frozen=True)
@@ -19,9 +18,9 @@ class GramCounts:
     """For n = 1..4 in row n - 1.
 
     Attributes:
-        text_distinct, text_total: distinct n-grams, and n-grams, of each text, int64 [4, T].
-        group_distinct, group_total: likewise of each group of `layout.group_tokens` tokens, read in block order, int64 [4, G].
-        first_texts: the text in which each group starts, int64 [G].
+        text_distinct, text_total: distinct n-grams, and n-grams, of each text, int32 [4, T].
+        group_distinct, group_total: likewise of each group of `layout.group_tokens` tokens, read in block order, int32 [4, G].
+        first_texts: the text in which each group starts, [G].
     """
 
     text_distinct: np.ndarray
@@ -31,21 +30,23 @@ class GramCounts:
     first_texts: np.ndarray
 
 
-def count_grams(layout: Layout, part_tokens: int = PART_TOKENS) -> GramCounts:
+def count_grams(layout: Layout) -> GramCounts:
     """Parts hold whole groups, and the whole of each text they touch; a text in two parts is counted twice, the same."""
-    corpus, size, order = layout.corpus, layout.group_tokens, layout.block_order
-    ends = np.cumsum(corpus.lengths[order])
-    starts, groups = ends - corpus.lengths[order], len(corpus.tokens) // size
-    text_counts, group_counts = (np.zeros((2, MAX_N, count), dtype=np.int64) for count in (len(order), groups))
-    step = max(1, part_tokens // size)
+    size, order = layout.group_tokens, layout.block_order
+    ends = np.cumsum(layout.lengths[order])
+    groups = int(ends[-1]) // size if len(ends) else 0
+    text_counts, group_counts = (np.zeros((2, MAX_N, count), dtype=np.int32) for count in (len(order), groups))
+    step = max(1, layout.part_tokens // size)
     for first in range(0, max(1, groups), step):
         last = min(first + step, groups)
         begin = int(np.searchsorted(ends, first * size, side="right")) if first else 0
-        end = len(order) if last == groups else int(np.searchsorted(starts, last * size, side="left"))
+        # The first text that starts at the border or behind it.
+        end = len(order) if last == groups else int(np.searchsorted(ends, last * size, side="left")) + 1
         texts = order[begin:end]
-        part = corpus.select(texts)
+        part = layout.corpus_of(texts)
         # The part is a piece of the stream as it stands.
-        group = (starts[begin] + np.arange(len(part.tokens))) // size - first if len(texts) else np.zeros(0, dtype=np.int64)
+        start = int(ends[begin - 1]) if begin else 0
+        group = (start + np.arange(len(part.tokens))) // size - first
         for n, (positions, numbers) in enumerate(gram_numbers(part, MAX_N), start=1):
             text_counts[:, n - 1, texts] = distinct_per_owner(part.text_of[positions], numbers, len(texts))
             owner = group[positions]

@@ -10,7 +10,7 @@ models are the same thing and can be paired. Prompts are nested in seeds: all sa
     fold     at most 20 runs of neighbouring prompts: left out one at a time, for the jackknife of pooled statistics
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,54 +18,102 @@ from typing import Any
 import numpy as np
 
 from ..records import Measured, Sample, ScoringContext, jackknife_units
+from ..sample_table import SampleTable, tables_of
 from .ngrams import Corpus
 
 SELF_NOTE = "the references measured against themselves"
 MAX_FOLDS = 20
 SUBSAMPLE_TEXTS = 500
+PART_TOKENS, PART_TEXTS = 2**18, 2**15  # some tens of MiB
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Samples of one decoding by (sample, prompt).
+    """Samples of one decoding by (sample, prompt). What is as long as the samples is a few bytes of each; ids and texts are
+    read in parts.
 
     Attributes:
         everything: all samples.
-        samples: those with a text to score (finish other than "non_finite"), T of them.
+        kept: places in `everything` of those with a text to score (finish other than "non_finite"), int32 [T].
         prompts: indices of all prompts, sorted.
-        prompt_of: place in `prompts` of each of `samples`, int64 [T].
+        prompt_of: place in `prompts` of each text, int32 [T].
         context: what they are scored against.
+        part_tokens: about so many tokens are in memory at once.
     """
 
-    everything: list[Sample]
-    samples: list[Sample]
+    everything: SampleTable
+    kept: np.ndarray
     prompts: np.ndarray
     prompt_of: np.ndarray
     context: ScoringContext
+    part_tokens: int = PART_TOKENS
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], context: ScoringContext) -> "Layout":
+    def of(cls, samples: Sequence[Sample], context: ScoringContext, part_tokens: int = PART_TOKENS) -> "Layout":
         """
+        Args:
+            samples: a SampleTable, or any others, of which one is made.
+
         Raises:
             ValueError: samples of several decodings.
         """
-        decodings = sorted({sample.decoding for sample in samples})
-        if len(decodings) > 1:
-            raise ValueError(f"samples of one decoding at a time, not of {', '.join(decodings)}")
-        ordered = sorted(samples, key=lambda sample: (sample.sample, sample.prompt))
-        prompts = np.unique(np.array([sample.prompt for sample in ordered], dtype=np.int64))
-        kept = [sample for sample in ordered if sample.finish != "non_finite"]
-        prompt_of = np.searchsorted(prompts, np.array([sample.prompt for sample in kept], dtype=np.int64))
-        return cls(ordered, kept, prompts, prompt_of, context)
+        if isinstance(samples, SampleTable):
+            table = samples
+        else:
+            tables = tables_of(samples)
+            if len(tables) > 1:
+                raise ValueError(f"samples of one decoding at a time, not of {', '.join(sorted(tables))}")
+            (table,) = tables.values()
+        prompts = np.unique(table.prompt)
+        kept = np.flatnonzero(~table.finished("non_finite")).astype(np.int32)
+        prompt_of = np.searchsorted(prompts, table.prompt[kept]).astype(np.int32)
+        return cls(table, kept, prompts, prompt_of, context, part_tokens)
 
     @property
     def decoding(self) -> str:
-        return self.everything[0].decoding
+        return self.everything.decoding
+
+    @property
+    def samples(self) -> "Texts":
+        """The samples with a text to score, [T]."""
+        return Texts(self)
+
+    def corpus_of(self, texts: np.ndarray) -> Corpus:
+        """The tokens of some texts, in the order given, special ones left out."""
+        places = self.kept[texts]
+        return Corpus.of_stream(self.everything.tokens(places), self.everything.lengths(places), self.context.special_ids)
+
+    def parts(self, order: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """All texts, or those of `order`, about `part_tokens` at a time and PART_TEXTS texts at most."""
+        count = len(self.kept) if order is None else len(order)
+        for start in range(0, count, PART_TEXTS):
+            end = min(start + PART_TEXTS, count)
+            texts = np.arange(start, end) if order is None else order[start:end]
+            part = np.cumsum(self.everything.lengths(self.kept[texts])) // self.part_tokens
+            yield from np.split(texts, np.flatnonzero(np.diff(part)) + 1)
+
+    def written(self, texts: np.ndarray) -> list[str]:
+        """Some texts as they were written."""
+        return self.everything.texts(self.kept[texts])
 
     @cached_property
-    def corpus(self) -> Corpus:
-        """The tokens of `samples`, special ones left out."""
-        return Corpus.of([sample.token_ids for sample in self.samples], self.context.special_ids)
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, special ones left out, int32 [T]."""
+        return self._scan[0]
+
+    @property
+    def largest_id(self) -> int:
+        """Of all tokens but special ones; 0 without any."""
+        return self._scan[1]
+
+    @cached_property
+    def _scan(self) -> tuple[np.ndarray, int]:
+        lengths, largest = np.zeros(len(self.kept), dtype=np.int32), 0
+        for texts in self.parts():
+            corpus = self.corpus_of(texts)
+            lengths[texts] = corpus.lengths
+            largest = max(largest, int(corpus.tokens.max(initial=0)))
+        return lengths, largest
 
     @cached_property
     def references(self) -> Corpus:
@@ -78,20 +126,20 @@ class Layout:
         of all texts, which then depends on the model (settings' `size_from` says so). At least 1."""
         lengths = self.references.lengths
         if not len(lengths):
-            lengths = self.corpus.lengths[self._usual]
+            lengths = self.lengths[self._usual]
         return max(1, int(np.median(lengths))) if len(lengths) else 1
 
     @cached_property
     def text_bytes(self) -> int:
         """The same in bytes of UTF-8."""
-        texts = self.context.reference_texts or [self.samples[i].text for i in self._usual]
-        lengths = [len(encode(text)) for text in texts]
-        return max(1, int(np.median(lengths))) if lengths else 1
+        texts = self.context.reference_texts or (text for part in self.parts(self._usual) for text in self.written(part))
+        lengths = np.fromiter((len(encode(text)) for text in texts), dtype=np.int64)
+        return max(1, int(np.median(lengths))) if len(lengths) else 1
 
-    @cached_property
+    @property
     def _usual(self) -> np.ndarray:
-        capped = np.flatnonzero([sample.finish == "length" for sample in self.samples])
-        return capped if len(capped) else np.arange(len(self.samples))
+        capped = np.flatnonzero(self.everything.finished("length")[self.kept])
+        return capped if len(capped) else np.arange(len(self.kept))
 
     @property
     def size_from(self) -> str:
@@ -118,10 +166,9 @@ class Layout:
         """Tokens of a pool: half of what one usual text per prompt would have, so that texts may end early."""
         return max(1, len(self.prompts) * self.text_tokens // 2)
 
-    @property
-    def block_of(self) -> np.ndarray:
-        """The block of each text, int64 [T]."""
-        return self.prompt_of // self.group_texts
+    def blocks_of(self, texts: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The block of each text."""
+        return self.prompt_of[texts] // self.group_texts
 
     @property
     def blocks(self) -> int:
@@ -129,27 +176,35 @@ class Layout:
 
     @cached_property
     def block_order(self) -> np.ndarray:
-        """The texts block by block; within a block by (sample, prompt), which is the order they are in."""
-        return np.argsort(self.block_of, kind="stable")
+        """The texts block by block; within a block by (sample, prompt), which is the order they are in; int32 [T]."""
+        return np.argsort(self.blocks_of(), kind="stable").astype(np.int32)
 
     @property
     def folds(self) -> int:
         return min(MAX_FOLDS, len(self.prompts))
 
-    @property
-    def fold_of(self) -> np.ndarray:
-        """The fold of each text, int64 [T]."""
-        return self.prompt_of * self.folds // max(1, len(self.prompts))
+    def folds_of(self, texts: np.ndarray) -> np.ndarray:
+        """The fold of each text, int64."""
+        return self.prompt_of[texts].astype(np.int64) * self.folds // max(1, len(self.prompts))
 
     @cached_property
     def subsample(self) -> np.ndarray:
         """Up to SUBSAMPLE_TEXTS places in `samples`, for what grows with the square: sample 0 of the prompts in a random
         order that the seed fixes, then sample 1, ... Chosen by key before texts that failed are left out."""
         rank = np.random.default_rng(self.context.seed).permutation(len(self.prompts))
-        numbers, prompts = (np.array([getattr(s, name) for s in self.everything], dtype=np.int64) for name in ("sample", "prompt"))
-        chosen = np.lexsort((rank[np.searchsorted(self.prompts, prompts)], numbers))[:SUBSAMPLE_TEXTS]
-        kept = np.array([sample.finish != "non_finite" for sample in self.everything])
+        table = self.everything
+        chosen = np.lexsort((rank[np.searchsorted(self.prompts, table.prompt)], table.sample))[:SUBSAMPLE_TEXTS]
+        kept = ~table.finished("non_finite")
         return (np.cumsum(kept) - 1)[chosen[kept[chosen]]]
+
+    @cached_property
+    def prompt_units(self) -> list[int]:
+        """Ids of the units of means over texts; one list for all of them."""
+        return self.prompts.tolist()
+
+    @cached_property
+    def block_units(self) -> list[int]:
+        return list(range(self.blocks))
 
     def null(self, metric: str, note: str, **fields: Any) -> Measured:
         return Measured.null(metric, note, decoding=self.decoding, **fields)
@@ -165,15 +220,15 @@ class Layout:
         if not counts_P.sum():
             return self.null(metric, nothing, unit=unit, settings=settings or {})
         totals_P = np.bincount(self.prompt_of, totals, len(self.prompts))
-        return Measured(metric, self.prompts.tolist(), totals_P, counts_P, decoding=self.decoding, unit=unit,
+        return Measured(metric, self.prompt_units, totals_P, counts_P, decoding=self.decoding, unit=unit,
                         settings=settings or {}, note=note)  # fmt: skip
 
     def per_block(self, metric: str, first_texts: np.ndarray, totals: np.ndarray, counts: np.ndarray,
                   unit: str, settings: dict[str, Any]) -> Measured:
         """A mean over groups: (total, count) of each group, summed by the block of the text it starts in."""
-        block = self.block_of[first_texts]
+        block = self.blocks_of(first_texts)
         totals_B, counts_B = (np.bincount(block, values, self.blocks) for values in (totals, counts))
-        return Measured(metric, list(range(self.blocks)), totals_B, counts_B, decoding=self.decoding, unit=unit,
+        return Measured(metric, self.block_units, totals_B, counts_B, decoding=self.decoding, unit=unit,
                         settings=settings)  # fmt: skip
 
     def jackknife(self, metric: str, value: float, without: np.ndarray, unit: str, settings: dict[str, Any], n: int,
@@ -188,6 +243,22 @@ class Layout:
             return Measured(metric, ["all"], np.array([value]), np.ones(1), **fields)
         totals, counts = jackknife_units(value, without)
         return Measured(metric, list(range(self.folds)), totals, counts, **fields)
+
+
+class Texts(Sequence[Sample]):
+    """The samples of a layout that have a text, read as they are asked for."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+
+    def __len__(self) -> int:
+        return len(self.layout.kept)
+
+    def __getitem__(self, text: int) -> Sample:
+        return self.layout.everything[int(self.layout.kept[text])]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.layout.everything.rows(self.layout.kept)
 
 
 def encode(text: str) -> bytes:

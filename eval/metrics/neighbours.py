@@ -114,7 +114,7 @@ def measure_neighbours(layout: Layout) -> list[Measured]:
 
     Where references come in they are taken as given: the intervals say how sure we are of the model, not of the references.
     """
-    texts = layout.subsample[layout.corpus.lengths[layout.subsample] > 0]
+    texts = layout.subsample[layout.lengths[layout.subsample] > 0]
     order = np.random.default_rng(layout.context.seed).permutation(len(layout.references.lengths))
     places = np.sort(order[layout.references.lengths[order] > 0][:SUBSAMPLE_TEXTS])
     settings = {"texts": len(texts), "subsample": SUBSAMPLE_TEXTS, "features": f"hashed 1-{MAX_N}-gram tf-idf of token ids",
@@ -122,9 +122,9 @@ def measure_neighbours(layout: Layout) -> list[Measured]:
     if not len(texts):
         return [layout.null(name, "no text with tokens", settings=settings, unit=unit)
                 for name, unit in (("vendi_score", "texts"), ("knn_recall", "share"), ("knn_coverage", "share"))]  # fmt: skip
-    corpus, chosen = layout.corpus.select(texts), layout.references.select(places)
+    corpus, chosen = layout.corpus_of(texts), layout.references.select(places)
     features = Features(chosen if len(places) else corpus)
-    samples, fold = features(corpus), layout.fold_of[texts]
+    samples, fold = features(corpus), layout.folds_of(texts)
     compared = _against_references(layout, samples, features(chosen), fold, settings)
     return [_vendi(layout, samples, fold, settings), *compared]
 

@@ -30,7 +30,11 @@ class Corpus:
     def of(cls, texts: Sequence[Sequence[int]], left_out: Sequence[int] = ()) -> "Corpus":
         """`texts` without the ids in `left_out`; no n-gram spans the place of such an id."""
         lengths = np.fromiter((len(text) for text in texts), dtype=np.int64, count=len(texts))
-        tokens = np.fromiter(chain.from_iterable(texts), dtype=np.int64, count=int(lengths.sum()))
+        return cls.of_stream(np.fromiter(chain.from_iterable(texts), dtype=np.int64, count=int(lengths.sum())), lengths, left_out)
+
+    @classmethod
+    def of_stream(cls, tokens: np.ndarray, lengths: np.ndarray, left_out: Sequence[int] = ()) -> "Corpus":
+        """The same, of texts that lie end to end: ids int64 [M], and how many are each text's [T]."""
         runs = np.repeat(np.arange(len(lengths)), lengths)
         dropped = np.isin(tokens, np.asarray(left_out, dtype=np.int64)) if len(left_out) else np.zeros(0, dtype=bool)
         if dropped.any():

@@ -1,6 +1,7 @@
 """n-gram counts of pools of equal token count, over everything and without each fold: what pooled statistics work on."""
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,9 @@ import numpy as np
 
 from ..records import Measured
 from .layout import Layout
-from .ngrams import dense, raw_keys
+from .ngrams import raw_keys
 
-PIECE = 2**22  # counts at once, 32 MiB
+PIECE = 2**20  # counts at once, 8 MiB
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ class Pools:
     """Pools of the unigrams and of the bigrams, what fixes them, and what to know about them.
 
     Attributes:
-        grams: {1: pools, 2: pools}; empty lists where there are too few tokens.
+        grams: {1: pools, 2: pools}; empty where there are too few tokens.
         base: keys of bigrams are first * base + second.
     """
 
-    grams: dict[int, list[SparsePool]]
+    grams: dict[int, Sequence[SparsePool]]
     base: int
     settings: dict[str, Any]
     note: str | None
@@ -74,29 +75,50 @@ def make_pools(layout: Layout) -> Pools:
 
     Fewer tokens than one pool, but at least half of it, make one smaller pool and a note; fewer still make none.
     """
-    corpus, size = layout.corpus, layout.pool_tokens
-    total = len(corpus.tokens)
+    size, ends = layout.pool_tokens, np.cumsum(layout.lengths)
+    total = int(ends[-1]) if len(ends) else 0
     number, note = total // size, None
     if not number and 2 * total >= size:
         note = f"{total} tokens, fewer than the {size} of a pool: not at equal size"
         number, size = 1, total
     elif not number:
         note = f"{total} tokens, fewer than half of the {size} of a pool"
-    base = max(layout.context.vocab_size, *(int(c.tokens.max(initial=0)) + 1 for c in (corpus, layout.references)))
-    grams = {n: [_count(layout, n, base, pool * size, (pool + 1) * size) for pool in range(number)] for n in (1, 2)}
+    base = max(layout.context.vocab_size, layout.largest_id + 1, int(layout.references.tokens.max(initial=0)) + 1)
+    grams = {n: SpilledPools(_count(layout, ends, n, base, pool * size, (pool + 1) * size) for pool in range(number)) for n in (1, 2)}
     return Pools(grams, base, {"tokens": size, "pools": number, "size_from": layout.size_from}, note)
 
 
-def _count(layout: Layout, n: int, base: int, first: int, end: int) -> SparsePool:
-    corpus, folds = layout.corpus, layout.folds
+class SpilledPools(Sequence[SparsePool]):
+    """Pools that are kept on the disk: several statistics are taken of each, and a pool grows with the prompts."""
+
+    def __init__(self, pools: Iterable[SparsePool]):
+        self.file, self.places = tempfile.TemporaryFile(), []  # noqa: SIM115, lives as long as the pools
+        for pool in pools:
+            self.places.append((self.file.tell(), pool.folds))
+            for array in (pool.keys, pool.cells, pool.counts):
+                np.save(self.file, array)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> SparsePool:
+        start, folds = self.places[number]
+        self.file.seek(start)
+        keys, cells, counts = (np.load(self.file) for _ in range(3))
+        return SparsePool(keys, folds, cells, counts)
+
+
+def _count(layout: Layout, ends: np.ndarray, n: int, base: int, first: int, end: int) -> SparsePool:
+    """n-grams of tokens `first` to `end` of the stream; `ends` [T]: where each text ends in it."""
+    texts = np.arange(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, end, side="left") + 1)
+    corpus, folds = layout.corpus_of(texts), layout.folds
+    offset = int(ends[texts[0]]) - int(layout.lengths[texts[0]])  # of the part in the stream
     starts = corpus.gram_starts(n)
-    starts = starts[np.searchsorted(starts, first) : np.searchsorted(starts, end - n + 1)]
+    starts = starts[np.searchsorted(starts, first - offset) : np.searchsorted(starts, end - offset - n + 1)]
     keys = raw_keys(corpus.tokens, starts, n, base)
-    numbers, types = dense(keys)
-    distinct = np.empty(types, dtype=np.int64)
-    distinct[numbers] = keys
-    fold = layout.fold_of[corpus.text_of[starts]]
-    cells, counts = np.unique(fold * types + numbers, return_counts=True)
+    distinct, numbers = np.unique(keys, return_inverse=True)
+    fold = layout.folds_of(texts)[corpus.text_of[starts]]
+    cells, counts = np.unique(fold * len(distinct) + numbers, return_counts=True)
     return SparsePool(distinct, folds, cells, counts)
 
 

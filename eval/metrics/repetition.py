@@ -41,6 +41,8 @@ def measure_repetition(layout: Layout, grams: GramCounts) -> list[Measured]:
         values, defined = seq_rep(*counts)
         rows.append(layout.per_prompt(f"seq_rep_{n}", values, defined, f"no text has {n} tokens",
                                       settings={"n": n, "texts_too_short": int((~defined).sum())}))  # fmt: skip
-    loops = tail_loops(layout.corpus)
+    loops = np.zeros(len(layout.lengths), dtype=bool)
+    for texts in layout.parts():
+        loops[texts] = tail_loops(layout.corpus_of(texts))
     settings = {"min_phrase": TAIL_LOOP_MIN_PHRASE, "min_repeats": TAIL_LOOP_MIN_REPEATS}
     return [*rows, layout.per_prompt("tail_loop_rate", loops, np.ones(len(loops)), "no text", settings=settings)]

@@ -40,7 +40,7 @@ def score_samples(
     there. What cannot be measured comes as a null with a note, never as a number.
 
     Args:
-        samples: in any order.
+        samples: a SampleTable, or others in any order.
         metrics: names out of METRIC_NAMES; None means all.
 
     Returns:
@@ -78,7 +78,7 @@ def _measure_if_wanted(
 ) -> list[Measured]:
     if not wanted & set(names):
         return []
-    if not layout.samples and names is not FINISH:
+    if not len(layout.kept) and names is not FINISH:
         return [layout.null(name, f"all {len(layout.everything)} samples are non-finite") for name in names]
     return measure(layout)
 
@@ -100,27 +100,28 @@ def measure_finish(layout: Layout) -> list[Measured]:
     model wrote; generation_surprisal the mean of -log p of the tokens it took, which at T=1 without truncation estimates the
     same without bias.
     """
-    prompt = np.searchsorted(layout.prompts, [sample.prompt for sample in layout.everything])
-    failed = np.array([sample.finish == "non_finite" for sample in layout.everything])
-    texts = np.ones(len(layout.samples))
-    non_finite = Measured("non_finite_rate", layout.prompts.tolist(), np.bincount(prompt, failed, len(layout.prompts)),
+    table, texts = layout.everything, np.ones(len(layout.kept))
+    failed = table.finished("non_finite")
+    prompt = np.searchsorted(layout.prompts, table.prompt)
+    non_finite = Measured("non_finite_rate", layout.prompt_units, np.bincount(prompt, failed, len(layout.prompts)),
                           np.bincount(prompt, minlength=len(layout.prompts)), decoding=layout.decoding,
                           settings={"texts": int(failed.sum())})  # fmt: skip
-    ended = {reason: np.array([sample.finish == reason for sample in layout.samples]) for reason in ("eos", "length")}
     return [
-        layout.per_prompt("eos_rate", ended["eos"], texts, "no text"),
-        layout.per_prompt("length_cap_rate", ended["length"], texts, "no text"),
+        layout.per_prompt("eos_rate", table.finished("eos")[layout.kept], texts, "no text"),
+        layout.per_prompt("length_cap_rate", table.finished("length")[layout.kept], texts, "no text"),
         non_finite,
-        layout.per_prompt("tokens_per_text", layout.corpus.lengths, texts, "no text", unit="tokens"),
-        _per_position(layout, "generation_entropy", [sample.entropy_sum for sample in layout.samples], 1.0),
-        _per_position(layout, "generation_surprisal", [sample.logprob_sum for sample in layout.samples], -1.0),
+        layout.per_prompt("tokens_per_text", layout.lengths, texts, "no text", unit="tokens"),
+        _per_position(layout, "generation_entropy", "entropy_sum", 1.0),
+        _per_position(layout, "generation_surprisal", "logprob_sum", -1.0),
     ]
 
 
-def _per_position(layout: Layout, name: str, sums: list[float | None], sign: float) -> Measured:
+def _per_position(layout: Layout, name: str, column: str, sign: float) -> Measured:
     """Sum over positions by their number, over the texts whose sum is known and finite."""
-    totals = sign * np.array([np.nan if total is None else total for total in sums], dtype=np.float64)
-    known = np.isfinite(totals)
-    positions = np.array([sample.scored_tokens for sample in layout.samples], dtype=np.float64)
-    return layout.per_prompt(name, np.where(known, totals, 0.0), np.where(known, positions, 0.0),
-                             "the samples carry no sums of the model's distribution", unit="nats")  # fmt: skip
+    totals, positions = np.zeros((2, len(layout.kept)))
+    for texts in layout.parts():
+        numbers = layout.everything.numbers(layout.kept[texts])
+        known = np.isfinite(numbers[column])
+        totals[texts] = np.where(known, sign * numbers[column], 0.0)
+        positions[texts] = np.where(known, numbers["scored_tokens"], 0.0)
+    return layout.per_prompt(name, totals, positions, "the samples carry no sums of the model's distribution", unit="nats")

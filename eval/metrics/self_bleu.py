@@ -80,14 +80,14 @@ def self_bleu(corpus: Corpus, tables: list[_Grams], kept: np.ndarray) -> np.ndar
 def measure_self_bleu(layout: Layout) -> list[Measured]:
     """self_bleu_4 of the subsample (layout.subsample), mean over its texts, with jackknife units."""
     name = "self_bleu_4"
-    corpus = layout.corpus.select(layout.subsample)
+    corpus = layout.corpus_of(layout.subsample)
     usable = np.bincount(corpus.text_of[corpus.gram_starts(ORDER)], minlength=len(corpus.lengths)) > 0
     short = int((~usable).sum())
     settings = {"texts": int(usable.sum()), "subsample": SUBSAMPLE_TEXTS, "texts_too_short": short, "order": ORDER,
                 "smoothing": "exp", "on": "token ids"}  # fmt: skip
     if usable.sum() < 2:
         return [layout.null(name, f"fewer than two texts with {ORDER} tokens", settings=settings)]
-    tables, fold = count_grams(corpus), layout.fold_of[layout.subsample]
+    tables, fold = count_grams(corpus), layout.folds_of(layout.subsample)
 
     def mean_bleu(kept: np.ndarray) -> float:
         return float(self_bleu(corpus, tables, kept).mean()) if kept.sum() >= 2 else float("nan")

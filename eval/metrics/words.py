@@ -8,6 +8,7 @@ one word per run. Sources: MTLD, McCarthy and Jarvis 2010 (Behavior Research Met
 import re
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import gammaln
@@ -77,50 +78,81 @@ def _counts_by_text(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
     return keys // types, counts
 
 
+@dataclass(frozen=True)
+class WordCounts:
+    """Of each text, [T].
+
+    Attributes:
+        words: its number of words. frequent: those in the high-frequency set.
+        mtld, hdd: NaN where undefined. unique: whether it has MIN_WORDS words or more and repeats none.
+    """
+
+    words: np.ndarray
+    frequent: np.ndarray
+    mtld: np.ndarray
+    hdd: np.ndarray
+    unique: np.ndarray
+
+    @classmethod
+    def of(cls, layout: Layout) -> "WordCounts":
+        """Part by part: words are numbered anew in each."""
+        texts, chosen = len(layout.lengths), layout.context.high_frequency_words or ()
+        whole = cls(*(np.zeros(texts, dtype=kind) for kind in (np.int32, np.int32, np.float64, np.float64, bool)))
+        for part in layout.parts():
+            corpus, numbers = number_words(map(words_of, layout.written(part)))
+            member = np.zeros(len(numbers) + 1, dtype=bool)
+            member[[numbers[word] for word in chosen if word in numbers]] = True
+            whole.words[part] = corpus.lengths
+            whole.frequent[part] = np.bincount(corpus.text_of, member[corpus.tokens], len(part))
+            whole.mtld[part], whole.unique[part] = _mtld_of(corpus)
+            whole.hdd[part] = hdd(corpus)
+        return whole
+
+
 def measure_words(layout: Layout) -> list[Measured]:
     """high_frequency_word_share, words_per_text, no_words_rate, mtld, hdd; units are prompts."""
-    corpus, numbers = number_words(words_of(sample.text) for sample in layout.samples)
-    lengths, texts = corpus.lengths, np.ones(len(corpus.lengths))
+    counts = WordCounts.of(layout)
+    texts, none = np.ones(len(counts.words)), counts.words == 0
     return [
-        _high_frequency(layout, corpus, numbers),
-        layout.per_prompt("words_per_text", lengths, texts, "no text", unit="words"),
-        layout.per_prompt("no_words_rate", lengths == 0, texts, "no text", settings={"texts": int((lengths == 0).sum())}),
-        *_diversity(layout, corpus),
+        _high_frequency(layout, counts),
+        layout.per_prompt("words_per_text", counts.words, texts, "no text", unit="words"),
+        layout.per_prompt("no_words_rate", none, texts, "no text", settings={"texts": int(none.sum())}),
+        *_diversity(layout, counts),
     ]
 
 
-def _high_frequency(layout: Layout, corpus: Corpus, numbers: dict[str, int]) -> Measured:
+def _high_frequency(layout: Layout, counts: WordCounts) -> Measured:
     """Share of words in the high-frequency set. A text without words has no share: it adds (0, 0), and is counted."""
     name, chosen = "high_frequency_word_share", layout.context.high_frequency_words
-    wordless = int((corpus.lengths == 0).sum())
+    wordless = int((counts.words == 0).sum())
     settings = {"texts_without_words": wordless}
     if chosen is None:
         return layout.null(name, "no high-frequency set of words: give --reference_file", settings=settings)
-    member = np.zeros(len(numbers) + 1, dtype=bool)
-    member[[numbers[word] for word in chosen if word in numbers]] = True
-    inside = np.bincount(corpus.text_of, member[corpus.tokens], len(corpus.lengths))
-    note = f"{wordless} of {len(corpus.lengths)} texts have no word" if wordless else None
+    note = f"{wordless} of {len(counts.words)} texts have no word" if wordless else None
     settings["set_size"] = len(chosen)
-    return layout.per_prompt(name, inside, corpus.lengths, "no text has a word", settings=settings, note=note)
+    return layout.per_prompt(name, counts.frequent, counts.words, "no text has a word", settings=settings, note=note)
 
 
-def _diversity(layout: Layout, corpus: Corpus) -> list[Measured]:
-    """MTLD and HD-D of each text of 42 words or more, averaged."""
+def _mtld_of(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """MTLD of each text [T], NaN below MIN_WORDS words and where no word is repeated; and whether it is that."""
     distinct, total = distinct_per_owner(corpus.text_of, corpus.tokens, len(corpus.lengths))
-    # MTLD is infinite for a text that repeats no word: it is left out, and counted.
-    scored = (total >= MIN_WORDS) & (distinct < total)
-    values = np.zeros(len(total))
-    for i in np.flatnonzero(scored):
+    long = total >= MIN_WORDS
+    values = np.full(len(total), np.nan)
+    for i in np.flatnonzero(long & (distinct < total)):
         start = int(corpus.starts[i])
         values[i] = mtld(corpus.tokens[start : start + int(total[i])].tolist())
-    nothing = f"no text has {MIN_WORDS} words"
-    left_out = {"min_words": MIN_WORDS, "texts_too_short": int((total < MIN_WORDS).sum())}
-    unique = int(((total >= MIN_WORDS) & (distinct == total)).sum())
+    return values, long & (distinct == total)
+
+
+def _diversity(layout: Layout, counts: WordCounts) -> list[Measured]:
+    """MTLD and HD-D of each text of 42 words or more, averaged."""
+    # MTLD is infinite for a text that repeats no word: it is left out, and counted.
+    nothing, unique = f"no text has {MIN_WORDS} words", int(counts.unique.sum())
+    left_out = {"min_words": MIN_WORDS, "texts_too_short": int((counts.words < MIN_WORDS).sum())}
     settings = left_out | {"threshold": MTLD_THRESHOLD, "texts_without_repeat": unique}
-    per_text = hdd(corpus)
-    defined = np.isfinite(per_text)
     return [
-        layout.per_prompt("mtld", values, scored, nothing + (" and a repeated one" if unique else ""), "words", settings),
-        layout.per_prompt("hdd", np.where(defined, per_text, 0.0), defined, nothing, "type-token ratio",
+        layout.per_prompt("mtld", np.nan_to_num(counts.mtld), np.isfinite(counts.mtld),
+                          nothing + (" and a repeated one" if unique else ""), "words", settings),
+        layout.per_prompt("hdd", np.nan_to_num(counts.hdd), np.isfinite(counts.hdd), nothing, "type-token ratio",
                           left_out | {"draws": HDD_DRAWS}),
     ]  # fmt: skip

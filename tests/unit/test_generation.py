@@ -342,8 +342,8 @@ def test_batches_are_sorted_by_length_and_hold_every_key_once(task_of, tmp_path)
     expected = {(p, name, 0) for p in range(7) for name in ("greedy", "beam_4")} | {
         (p, "sample", s) for p in range(7) for s in range(4)}  # fmt: skip
     assert len(keys) == len(set(keys)) and set(keys) == expected
-    lengths = [len(row.prompt.token_ids) for unit in task.units() if unit.startswith("sample") for row in task.batches[unit]]
-    assert lengths == sorted(lengths) and {len(rows) for rows in task.batches.values()} <= {4, 3}
+    lengths = [len(row.prompt.token_ids) for unit in task.units() if unit.startswith("sample") for row in task.rows(unit)]
+    assert lengths == sorted(lengths) and {len(task.rows(unit)) for unit in task.units()} <= {4, 3}
     assert {(s.sample, s.seed) for s in samples if s.decoding == "sample"} == {(0, 3), (1, 3), (2, 8), (3, 8)}
     assert {s.seed for s in samples if s.decoding == "greedy"} == {3}
 

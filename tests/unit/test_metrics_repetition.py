@@ -68,7 +68,6 @@ def test_samples_of_a_prompt_are_one_unit():
 @given(TEXTS, st.integers(1, 12), st.integers(1, 3))
 def test_counts_part_by_part_are_those_of_everything_at_once(texts, part_tokens, group_texts):
     samples = [Sample(i // 2, "sample", i % 2, 0, text, "", "length") for i, text in enumerate(texts)]
-    layout = Layout.of(samples, ScoringContext(10, group_texts=group_texts))
-    whole, parts = count_grams(layout, 10**6), count_grams(layout, part_tokens)
+    whole, parts = (count_grams(Layout.of(samples, ScoringContext(10, group_texts=group_texts), size)) for size in (10**6, part_tokens))
     for name in ("text_distinct", "text_total", "group_distinct", "group_total", "first_texts"):
         assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
