@@ -149,7 +149,8 @@ class Comparison(NamedTuple):
 
 def comparisons(samples: list[Sample], context: ScoringContext) -> list[Comparison]:
     layout = Layout.of(samples, context)
-    chosen = [layout.samples[i].token_ids for i in layout.subsample]
+    texts = [sample.token_ids for sample in layout.samples]  # in memory, for the other code
+    chosen = [texts[i] for i in layout.subsample]
     self_bleu = f"self-BLEU-4 of {len(chosen)} texts"
 
     def scored(*names: str) -> Callable[[], Scores]:
@@ -160,21 +161,21 @@ def comparisons(samples: list[Sample], context: ScoringContext) -> list[Comparis
         return {m.metric: m.value for m in measure_entropy(fresh, make_pools(fresh)) if m.value is not None}
 
     return [
-        Comparison("distinct-1..4", "nltk.ngrams", scored(*DISTINCT), lambda: nltk_distinct(layout)),
-        Comparison("seq-rep-1..4", "nltk.ngrams", scored(*REPETITION), lambda: nltk_seq_rep(layout)),
-        Comparison("output entropy, 1- and 2-grams", "nltk.FreqDist", entropy, lambda: nltk_entropy(layout)),
+        Comparison("distinct-1..4", "nltk.ngrams", scored(*DISTINCT), lambda: nltk_distinct(layout, texts)),
+        Comparison("seq-rep-1..4", "nltk.ngrams", scored(*REPETITION), lambda: nltk_seq_rep(texts)),
+        Comparison("output entropy, 1- and 2-grams", "nltk.FreqDist", entropy, lambda: nltk_entropy(layout, texts)),
         Comparison(self_bleu, "sacrebleu", scored("self_bleu_4"), lambda: sacrebleu_self_bleu(chosen), slow=True),
         # nltk's smoothing 3 is sacrebleu's "exp", but for texts without one match.
         Comparison(self_bleu, "nltk", scored("self_bleu_4"), lambda: nltk_self_bleu(chosen), 1e-6, slow=True),
     ]
 
 
-def nltk_distinct(layout: Layout) -> Scores:
+def nltk_distinct(layout: Layout, texts: list[list[int]]) -> Scores:
     """Groups of equal token count, read in block order, n-grams within a text."""
     from nltk import ngrams
 
     size = layout.group_tokens
-    stream = [(int(i), token) for i in layout.block_order for token in layout.samples[i].token_ids]
+    stream = [(int(i), token) for i in layout.block_order for token in texts[i]]
     distinct, total = [0] * MAX_N, [0] * MAX_N
     for start in range(0, len(stream) - size + 1, size):
         parts: dict[int, list[int]] = {}
@@ -187,23 +188,23 @@ def nltk_distinct(layout: Layout) -> Scores:
     return {f"distinct_{n + 1}": distinct[n] / total[n] for n in range(MAX_N)}
 
 
-def nltk_seq_rep(layout: Layout) -> Scores:
+def nltk_seq_rep(texts: list[list[int]]) -> Scores:
     from nltk import ngrams
 
     values: dict[str, list[float]] = {f"seq_rep_{n}": [] for n in range(1, MAX_N + 1)}
-    for sample in layout.samples:
+    for text in texts:
         for n in range(1, MAX_N + 1):
-            grams = list(ngrams(sample.token_ids, n))
+            grams = list(ngrams(text, n))
             values[f"seq_rep_{n}"].append(1.0 - len(set(grams)) / len(grams))
     return {name: math.fsum(found) / len(found) for name, found in values.items()}
 
 
-def nltk_entropy(layout: Layout) -> Scores:
+def nltk_entropy(layout: Layout, texts: list[list[int]]) -> Scores:
     """Value only: without the 20 jackknife folds that ours computes as well."""
     from nltk import FreqDist, ngrams
 
     size = layout.pool_tokens
-    stream = [(i, token) for i, sample in enumerate(layout.samples) for token in sample.token_ids]
+    stream = [(i, token) for i, text in enumerate(texts) for token in text]
     values: dict[str, list[float]] = {"output_entropy_1": [], "output_entropy_2": []}
     for start in range(0, len(stream) - size + 1, size):
         parts: dict[int, list[int]] = {}
