@@ -148,52 +148,68 @@ def next_tokens(
         temperature 1; finite_B (bool): False where the logits hold a NaN, +inf, or nothing but -inf. There the other
         three are meaningless (token 0, zeros).
     """
-    rows = max(1, CPU_ELEMENTS // logits_BV.shape[1])
-    if logits_BV.device.type == "cpu" and len(logits_BV) > rows:
-        parts = [slice(start, start + rows) for start in range(0, len(logits_BV), rows)]
-        results = [next_tokens(logits_BV[part], decoding, None if uniforms_B is None else uniforms_B[part]) for part in parts]
-        return tuple(torch.cat(column) for column in zip(*results, strict=True))
-    shifted_BV, exp_BV, finite_B1 = _shifted(logits_BV)
-    if decoding.kind == "greedy":
-        tokens_B1 = _first_largest(shifted_BV)
-    elif logits_BV.device.type == "cpu" and (decoding.top_k or decoding.top_p < 1):
-        tokens_B1 = _draw_row_by_row(shifted_BV, exp_BV, decoding, uniforms_B)
-    else:
-        tokens_B1 = _draw(_truncated(shifted_BV, exp_BV, decoding), uniforms_B.unsqueeze(-1))
-    tokens_B1 = torch.where(finite_B1, tokens_B1, 0)
-    logprob_B, entropy_B = _statistics(shifted_BV, exp_BV, finite_B1, tokens_B1)
-    return tokens_B1.squeeze(-1), logprob_B, entropy_B, finite_B1.squeeze(-1)
+    on_cpu = logits_BV.device.type == "cpu"
+    peak_B1, finite_B1 = _peaks(logits_BV)
+    fill = not on_cpu or not bool(finite_B1.all())  # to ask an accelerator costs more than to fill
+    rows = max(1, CPU_ELEMENTS // logits_BV.shape[1]) if on_cpu else len(logits_BV)
+    parts = []  # of what is as long as the vocabulary; the rest is done for all texts at once
+    for start in range(0, len(logits_BV), rows):
+        part = slice(start, start + rows)
+        shifted_BV = _shifted(logits_BV[part], peak_B1[part], finite_B1[part] if fill else None)
+        exp_BV = shifted_BV.exp()
+        tokens_B1 = _choose(shifted_BV, exp_BV, decoding, None if uniforms_B is None else uniforms_B[part])
+        parts.append((tokens_B1, *_sums(shifted_BV, exp_BV, tokens_B1)))
+    tokens_B1, *sums = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return torch.where(finite_B1, tokens_B1, 0).squeeze(-1), *_statistics(*sums, finite_B1), finite_B1.squeeze(-1)
 
 
 @torch.no_grad()
 def token_scores(logits_BV: torch.Tensor, tokens_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logprob_B of given tokens, entropy_B and finite_B, as `next_tokens` returns them."""
-    shifted_BV, exp_BV, finite_B1 = _shifted(logits_BV)
-    logprob_B, entropy_B = _statistics(shifted_BV, exp_BV, finite_B1, tokens_B.unsqueeze(-1))
-    return logprob_B, entropy_B, finite_B1.squeeze(-1)
+    peak_B1, finite_B1 = _peaks(logits_BV)
+    shifted_BV = _shifted(logits_BV, peak_B1, finite_B1)
+    return *_statistics(*_sums(shifted_BV, shifted_BV.exp(), tokens_B.unsqueeze(-1)), finite_B1), finite_B1.squeeze(-1)
 
 
-def _shifted(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits less their largest, the exponentials of that (fp64), and finite_B1; zeros for the former where not finite."""
-    shifted_BV = logits_BV.to(torch.float64, copy=True)  # in place from here on: memory traffic is what this costs
-    peak_B1 = shifted_BV.amax(dim=-1, keepdim=True)  # NaN if there is one
-    finite_B1 = torch.isfinite(peak_B1)
-    shifted_BV.sub_(peak_B1)
-    if shifted_BV.device.type != "cpu" or not finite_B1.all():  # to ask an accelerator costs more than to fill
-        shifted_BV.masked_fill_(~finite_B1, 0.0)
-    return shifted_BV, shifted_BV.exp(), finite_B1
+def _peaks(logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each text, fp64 [B, 1], NaN if there is one; and whether it is finite."""
+    peak_B1 = logits_BV.amax(dim=-1, keepdim=True).to(torch.float64)
+    return peak_B1, torch.isfinite(peak_B1)
+
+
+def _shifted(logits_BV: torch.Tensor, peak_B1: torch.Tensor, finite_B1: torch.Tensor | None) -> torch.Tensor:
+    """Logits less their largest, fp64; zeros where that is not finite. None: it is everywhere."""
+    shifted_BV = logits_BV.to(torch.float64, copy=True).sub_(peak_B1)  # in place: memory traffic is what this costs
+    return shifted_BV if finite_B1 is None else shifted_BV.masked_fill_(~finite_B1, 0.0)
+
+
+def _choose(shifted_BV: torch.Tensor, exp_BV: torch.Tensor, decoding: Decoding, uniforms_B: torch.Tensor | None) -> torch.Tensor:
+    """The token of each text, int64 [B, 1]."""
+    if decoding.kind == "greedy":
+        return _first_largest(shifted_BV)
+    if shifted_BV.device.type == "cpu" and (decoding.top_k or decoding.top_p < 1):
+        return _draw_row_by_row(shifted_BV, exp_BV, decoding, uniforms_B)
+    return _draw(_truncated(shifted_BV, exp_BV, decoding), uniforms_B.unsqueeze(-1))
+
+
+def _sums(shifted_BV: torch.Tensor, exp_BV: torch.Tensor, tokens_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Shifted logit of the token, sum of the exponentials, and their sum weighted by the shifted logits; [B, 1] each.
+
+    Overwrites `shifted_BV`.
+    """
+    chosen_B1 = shifted_BV.gather(1, tokens_B1)
+    # Below -746 exp() is 0 in fp64, so the bound changes nothing but 0 * -inf.
+    weighted_B1 = shifted_BV.clamp_(min=-1e4).mul_(exp_BV).sum(dim=-1, keepdim=True)
+    return chosen_B1, exp_BV.sum(dim=-1, keepdim=True), weighted_B1
 
 
 def _statistics(
-    shifted_BV: torch.Tensor, exp_BV: torch.Tensor, finite_B1: torch.Tensor, tokens_B1: torch.Tensor
+    chosen_B1: torch.Tensor, total_B1: torch.Tensor, weighted_B1: torch.Tensor, finite_B1: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logprob_B, entropy_B; zeros where not finite. Overwrites `shifted_BV`."""
-    total_B1 = exp_BV.sum(dim=-1, keepdim=True)
-    logprob_B1 = shifted_BV.gather(1, tokens_B1) - total_B1.log()
-    # Below -746 exp() is 0 in fp64, so the bound changes nothing but 0 * -inf.
-    weighted_B1 = shifted_BV.clamp_(min=-1e4).mul_(exp_BV).sum(dim=-1, keepdim=True)
-    entropy_B1 = (total_B1.log() - weighted_B1 / total_B1).clamp(min=0)
-    return torch.where(finite_B1, logprob_B1, 0).squeeze(-1), torch.where(finite_B1, entropy_B1, 0).squeeze(-1)
+    """logprob_B, entropy_B from `_sums`; zeros where not finite."""
+    log_total_B1 = total_B1.log()
+    entropy_B1 = (log_total_B1 - weighted_B1 / total_B1).clamp(min=0)
+    return torch.where(finite_B1, chosen_B1 - log_total_B1, 0).squeeze(-1), torch.where(finite_B1, entropy_B1, 0).squeeze(-1)
 
 
 def _truncated(shifted_BV: torch.Tensor, exp_BV: torch.Tensor, decoding: Decoding) -> torch.Tensor:
