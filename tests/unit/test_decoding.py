@@ -149,7 +149,8 @@ def test_chunks_of_rows_change_no_bit(name, monkeypatch):
 
 def drawn_over_everything(scores: torch.Tensor, decoding: Decoding, uniforms: torch.Tensor) -> torch.Tensor:
     """By sorting and summing the whole vocabulary, as an accelerator does it."""
-    shifted, exponentials, _ = decoding_module._shifted(scores)
+    shifted = decoding_module._shifted(scores, *decoding_module._peaks(scores))
+    exponentials = shifted.exp()
     return decoding_module._draw(decoding_module._truncated(shifted, exponentials, decoding), uniforms.unsqueeze(-1)).squeeze(-1)
 
 
