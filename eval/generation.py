@@ -61,6 +61,9 @@ class Generator:
         first = next(model.parameters()).device
         self.device = torch.device(device or ("cpu" if first.type == "meta" else first))
         self.model, self.eos_ids, self.pad_id = model, tuple(eos_ids), pad_id
+        # A step is thousands of small calls, which cost less than under no_grad. Not where weights come and go with each call:
+        # what is made of them would be inference tensors, and of no use elsewhere.
+        self.whole = not any(weight.is_meta for weight in model.parameters())
 
     def generate_keyed(
         self, prompts: Sequence[Sequence[int]], decoding: Decoding, keys: Sequence[str], max_new_tokens: int
@@ -71,7 +74,6 @@ class Generator:
             uniforms = np.stack([uniform_numbers(key, max_new_tokens) for key in keys])
         return self.generate(prompts, decoding, uniforms, max_new_tokens)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -92,7 +94,7 @@ class Generator:
         picker = TokenPicker(decoding, numbers_BN, self.eos_ids, self.pad_id)
         ids_BT, mask_BT = pad_left(prompts, self.pad_id, self.device)
         cache = right_sized_cache(self.model, ids_BT.shape[1] + max_new_tokens)
-        with _own_generation_config(self.model):
+        with _own_generation_config(self.model), torch.inference_mode() if self.whole else torch.no_grad():
             self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
