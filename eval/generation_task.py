@@ -120,7 +120,6 @@ class GenerationTask:
 
     def measure(self, records: Iterable[dict[str, Any]], scratch: Path) -> list[Measured]:
         """The metrics of every decoding, in the order of the suite; the texts of one prompt are one unit."""
-        scratch.mkdir(parents=True, exist_ok=True)
         return samples_measured(map(Sample.from_dict, records), self.context, self.metrics, scratch)
 
 

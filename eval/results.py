@@ -23,7 +23,7 @@ def all_measured(tasks: Sequence[Task], records: Mapping[str, Iterable[dict[str,
         rows = records[task.name]
         # The samples are as many as one asks for; the records of other tasks are few, and may be gone through as a list.
         measured += task.measure(rows if task.name == SAMPLES else list(rows), scratch / task.name)
-    measured += samples_measured(reference_samples(prompts, suite.max_new_tokens), context, suite.metrics)
+    measured += samples_measured(reference_samples(prompts, suite.max_new_tokens), context, suite.metrics, scratch)
     gap = memorization_gap(measured)
     return measured if gap is None else [*measured, gap]
 

@@ -82,7 +82,7 @@ class _Writer:
             starts = np.zeros(len(order) + 1, dtype=np.int64)
             np.cumsum(np.frombuffer(sizes, dtype=np.int32), out=starts[1:])
             columns.append(_Column(file, starts).sorted(order, self.folder))
-        return SampleTable(decoding, prompts[order], samples[order], ends[order], *columns)
+        return SampleTable(decoding, prompts[order], samples[order], ends[order], columns, self.folder)
 
 
 class SampleTable(Sequence[Sample]):
@@ -90,11 +90,13 @@ class SampleTable(Sequence[Sample]):
 
     Attributes:
         prompt, sample, finish: of each, int64, int32 and int8 [S]; finish counts in FINISH_REASONS.
+        folder: where the files are; None: where temporary files go.
     """
 
-    def __init__(self, decoding: str, prompt: np.ndarray, sample: np.ndarray, finish: np.ndarray, ids: _Column, texts: _Column, numbers: _Column):
-        self.decoding, self.prompt, self.sample, self.finish = decoding, prompt, sample, finish
-        self._ids, self._texts, self._numbers = ids, texts, numbers
+    def __init__(self, decoding: str, prompt: np.ndarray, sample: np.ndarray, finish: np.ndarray, columns: Sequence[_Column],
+                 folder: Path | None):  # fmt: skip
+        self.decoding, self.prompt, self.sample, self.finish, self.folder = decoding, prompt, sample, finish, folder
+        self._ids, self._texts, self._numbers = columns
         # Every row of the numbers is of one size; it needs no place of its own.
         self._numbers.starts = _EvenStarts()
 
@@ -155,6 +157,8 @@ def tables_of(samples: Iterable[Sample], folder: Path | None = None) -> dict[str
         samples: gone through once.
         folder: on the disk that holds ids and texts; the files have no name and are gone with the tables.
     """
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     writers: dict[str, _Writer] = {}
     for sample in samples:
         if sample.decoding not in writers:

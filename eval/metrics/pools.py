@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,15 +85,16 @@ def make_pools(layout: Layout) -> Pools:
     elif not number:
         note = f"{total} tokens, fewer than half of the {size} of a pool"
     base = max(layout.context.vocab_size, layout.largest_id + 1, int(layout.references.tokens.max(initial=0)) + 1)
-    grams = {n: SpilledPools(_count(layout, ends, n, base, pool * size, (pool + 1) * size) for pool in range(number)) for n in (1, 2)}
+    grams = {n: SpilledPools((_count(layout, ends, n, base, pool * size, (pool + 1) * size) for pool in range(number)), layout.everything.folder)
+             for n in (1, 2)}  # fmt: skip
     return Pools(grams, base, {"tokens": size, "pools": number, "size_from": layout.size_from}, note)
 
 
 class SpilledPools(Sequence[SparsePool]):
     """Pools that are kept on the disk: several statistics are taken of each, and a pool grows with the prompts."""
 
-    def __init__(self, pools: Iterable[SparsePool]):
-        self.file, self.places = tempfile.TemporaryFile(), []  # noqa: SIM115, lives as long as the pools
+    def __init__(self, pools: Iterable[SparsePool], folder: Path | None):
+        self.file, self.places = tempfile.TemporaryFile(dir=folder), []  # noqa: SIM115, lives as long as the pools
         for pool in pools:
             self.places.append((self.file.tell(), pool.folds))
             for array in (pool.keys, pool.cells, pool.counts):
