@@ -34,8 +34,11 @@ def by_axes(plan, **axes):
     return next(cell for cell in plan.cells if all(cell.axes.get(key) == value for key, value in axes.items()))
 
 
+WHOLE_SEQUENCES = ("unlikelihood_token", "unlikelihood_sequence", "reverse_kl")
+
+
 def test_there_are_shipped_sweeps():
-    assert {file.stem for file in SHIPPED} >= {"reproduce", "reproduce_quick", "example"}
+    assert {file.stem for file in SHIPPED} >= {"reproduce", "reproduce_quick", "example", "cures"}
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -47,7 +50,8 @@ def test_every_shipped_sweep_is_planned_and_every_cell_is_a_command_line(file, t
     for cell in plan.cells:
         command = commands[cell.id]
         assert command.stability.level == cell.axes["level"] and command.training["seed"] == cell.axes["seed"]
-        assert command.stability.loss_path == "linear"  # else level 0 would differ in more than its level
+        # Else level 0 would differ in more than its level; some objectives have the chunked path alone.
+        assert command.stability.loss_path == "linear" or command.stability.objective.name in WHOLE_SEQUENCES
     assert not list(tmp_path.iterdir())  # nothing is written
 
 
@@ -260,7 +264,7 @@ def test_files_that_are_no_sweeps(plan_of, text, message):
 
 
 def test_no_such_file():
-    with pytest.raises(UserError, match=r"no such sweep file; .* ship: example, .*reproduce"):
+    with pytest.raises(UserError, match=r"no such sweep file; .* ship: cures, example, .*reproduce"):
         load_plan("nowhere.yaml")
 
 
@@ -275,6 +279,7 @@ def test_no_such_file():
     ({"grid": {"stability.level": [0, 2]}}, r"cell level-2-\w+: .*stability.level"),
     ({"grid": {"block_size": [64, 4096]}}, r"cell block_size-4096-\w+: .*4096"),
     ({"flags": {**BASE, "config_name": "nowhere.json"}}, "nowhere.json: no such file"),
+    ({"arms": {"a": {}, "b": {"flags": {"config_name": None, "model_name_or_path": "gpt2"}}}}, "the tokenizers of .* differ"),
     ({"grid": {"vocab_size": [512, 1024]}}, "its tokenizer .* would differ"),
     ({"grid": {"dataset_name": ["builtin:prose", "builtin:synthetic"]}}, "its tokenizer .* would differ"),
 ])  # fmt: skip
