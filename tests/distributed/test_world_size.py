@@ -121,6 +121,7 @@ def check_all(whole, resumed, said):
     assert not [path.name for path in resumed.path.iterdir() if path.name.startswith(".universal")]
 
 
+@pytest.mark.slow
 def test_two_to_one(run_distributed, tmp_path):
     whole, resumed, said = change(run_distributed, tmp_path, 2, 1, stage=3)
     check_all(whole, resumed, said)
