@@ -17,6 +17,7 @@ import common
 import cures
 import cures_figure
 import demo
+import downstream
 import figures
 import generation
 import governor
@@ -186,6 +187,10 @@ def cures_section(result: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def downstream_section(result: dict[str, Any]) -> str:
+    return f"{common.markdown_table(*downstream.skills_table(result))}\n\n{downstream.summary(result)}"
+
+
 def faults_section(result: dict[str, Any]) -> str:
     """One row a phase: how many kills, how many inside the phase, and what came of them."""
     header = ["killed while", "kills (of rank 0)", "inside the phase", "all processes ended", "seconds: median, longest",
@@ -202,10 +207,11 @@ def faults_section(result: dict[str, Any]) -> str:
 SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "headline": headline_section,
             "arms": arms_section, "pretrained": pretrained_section, "generation": generation_section,
             "million": million_section, "load_once": load_once_section, "sweep_cost": sweep_cost_section,
-            "metric_speed": metric_speed_section, "faults": faults_section, "governor": governor_section, "cures": cures_section}  # fmt: skip
+            "metric_speed": metric_speed_section, "faults": faults_section, "governor": governor_section, "cures": cures_section,
+            "downstream": downstream_section}  # fmt: skip
 SAME_FILE = {"arms": "headline"}  # sections that show another part of a results file
 DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults", "million", "load_once", "sweep_cost",
-                   "governor", "cures")  # fmt: skip
+                   "governor", "cures", "downstream")  # fmt: skip
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
