@@ -19,6 +19,7 @@ STABILITY = {
     "stabilizers": {"feedback": {}, "clipping": {}, "averaging": {"level": 0.3},
                     "regularization": {"level": 0.8, "kind": "init_decay"}},
     "controller": {"warmup_steps": 2, "ramp_steps": 2},
+    "ema": {"decay": 0.5},
     "statistics": {"update_ratio_interval": 1},  # norms over whole partitions: padding would show
 }  # fmt: skip
 

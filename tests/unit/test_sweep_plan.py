@@ -153,6 +153,18 @@ def test_objectives_are_an_axis_by_name_or_with_their_keys(plan_of, tmp_path):
         assert len(set(commands)) == len(plan.cells) == len(names)
 
 
+def test_the_average_of_the_weights_is_an_axis_or_an_arm(plan_of, tmp_path):
+    plan = plan_of(grid={"stability.ema": [None, {"decay": 0.99}, {"decay": 0.9, "warmup": False}]})
+    commands = check_cells(plan, tmp_path / "runs")
+    found = [command.stability.ema and command.stability.ema.model_dump() for command in commands.values()]
+    for expected in (None, {"decay": 0.99, "start_step": 0, "warmup": True}, {"decay": 0.9, "start_step": 0, "warmup": False}):
+        assert found.count(expected) == 1
+    for flags in ({"stability.ema": {"decay": 0.99}}, {"stability.ema.decay": 0.99}):
+        plan = plan_of(arms={"plain": {}, "ema": {"flags": flags}})
+        blocks = {cell.arm: cell.ds_config(cell.block)["stability"] for cell in plan.cells}
+        assert blocks["ema"]["ema"] == {"decay": 0.99} and "ema" not in blocks["plain"]
+
+
 def test_references_are_ordered_resolved_and_part_of_the_id(plan_of):
     arms = {"replay": {"flags": {"stability.stabilizers.feedback.replay": "{cell:arm=feedback,level=0.5}/metrics.jsonl"},
                        "grid": {"stability.level": [0.5]}},
