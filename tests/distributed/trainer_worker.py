@@ -168,7 +168,7 @@ def execute(run, out, rank):
         "unwraps": trainer.accelerator.unwrap_model(engine) is trainer.model,
         "world": [trainer.accelerator.num_processes, engine.world_size, engine.zero_optimization_stage()],
         "undone": deepspeed.initialize is PLAIN_INITIALIZE and transformers.trainer.DEFAULT_CALLBACKS == PLAIN_CALLBACKS
-        and PLAIN_METHODS == [Trainer.train, Trainer.evaluate, Trainer.predict],
+        and [Trainer.train, Trainer.evaluate, Trainer.predict] == PLAIN_METHODS,
         "trainable": [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad],
     }
     stability = ds_stability.engine_of(trainer.model)
