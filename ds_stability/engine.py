@@ -93,6 +93,8 @@ class StabilityMixin:
 
     def forward(self, *inputs, **kwargs):
         stability = self.stability
+        if stability.ema is not None:
+            stability.ema.mend(self)
         if self.training and torch.is_grad_enabled():
             stability.measure_held_out()
             if stability.preparation is not None or stability.alarm is not None:

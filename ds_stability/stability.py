@@ -319,12 +319,15 @@ class Stability:
         if self.ema is None:
             yield
             return
+        self.ema.mend(self.engine)
         with self.ema.in_place_of_weights(self.engine):
             yield
         self.restart_clock()
 
     def require_own_weights(self, what: str) -> None:
-        """Raises RuntimeError inside `averaged_weights()`."""
+        """Raises RuntimeError inside `averaged_weights()`; sees to it that the parameters are those of the training."""
+        if self.ema is not None:
+            self.ema.mend(self.engine)
         if self.ema is not None and self.ema.swapped:
             raise RuntimeError(f"{what} is not possible inside averaged_weights(), where the weights are not those of the training")
 

@@ -37,12 +37,13 @@ class WeightAverage:
         tensors: partition index -> average, flat fp32; empty before the first step that counts.
         updates: t, applied steps that are in the average.
         swapped: whether the averages now stand in place of the weights, which `tensors` then hold.
+        stale: whether the parameters are still those of the averages, after an error.
     """
 
     def __init__(self, config: EmaConfig, partitions: Callable[[], list[torch.Tensor]]):
         self.config, self.partitions = config, partitions
         self.tensors: dict[int, torch.Tensor] = {}
-        self.updates, self.swapped = 0, False
+        self.updates, self.swapped, self.stale = 0, False, False
 
     def begin(self, applied_steps: int) -> None:
         """Called before each step: where the average is to begin, it begins with the weights."""
@@ -69,7 +70,8 @@ class WeightAverage:
     def in_place_of_weights(self, engine) -> Iterator[None]:
         """The averages as the model's weights; afterwards the weights again, to the bit. Collective, between steps.
 
-        Nested, or before the average has begun, it does nothing.
+        Nested, or before the average has begun, it does nothing. After an error inside, the masters are the weights again at once,
+        and the parameters at the next forward: what fails on one rank must not wait for the others.
         """
         if self.swapped or not self.updates:
             yield
@@ -79,9 +81,19 @@ class WeightAverage:
         try:
             refresh_parameters(engine)
             yield
-        finally:
-            release_parameters(engine)
+        except BaseException:
             self._exchange()
+            self.stale = True
+            raise
+        release_parameters(engine)
+        self._exchange()
+        refresh_parameters(engine)
+
+    def mend(self, engine) -> None:
+        """Called before a forward and a checkpoint: makes the parameters anew after an error in `in_place_of_weights`."""
+        if self.stale:
+            self.stale = False
+            release_parameters(engine)
             refresh_parameters(engine)
 
     @torch.no_grad()

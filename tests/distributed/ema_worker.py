@@ -73,6 +73,12 @@ def inside(engine, run, world):
         found["refused"], found["metrics"] = refused, engine.stability.evaluation_metrics()
     found["same_bits"] = same(before, local_state(engine))
     found["same_logits"] = torch.equal(plain, logits(engine, run, world))
+    try:
+        with engine.stability.averaged_weights():
+            logits(engine, run, world)
+            raise KeyError
+    except KeyError:
+        found["same_after_error"] = torch.equal(plain, logits(engine, run, world)) and same(before, local_state(engine))
     found["plain_logits"] = plain
     return found
 
@@ -116,7 +122,7 @@ def execute(run, out, rank, world):
         "resumed": same(whole["average"], resumed["average"]) and same(whole["end"], resumed["end"])
         and whole["updates"] == resumed["updates"] and whole["losses"][HALF:] == resumed["losses"],
         "elements": sum(tensor.numel() for tensor in whole["average"]),
-        "exact": all(found["same_bits"] and found["same_logits"] for found in whole["inside"].values()),
+        "exact": all(found["same_bits"] and found["same_logits"] and found["same_after_error"] for found in whole["inside"].values()),
     }  # fmt: skip
     everywhere = [None] * world
     torch.distributed.all_gather_object(everywhere, checks)

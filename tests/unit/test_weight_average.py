@@ -109,7 +109,13 @@ def test_the_exchange_is_exact_and_ends_with_an_error_too(monkeypatch):
     assert not average.swapped
     now = [t.detach().view(torch.int32) for t in [*partitions, *average.tensors.values()]]
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    assert average.stale and torch.equal(copies[1], averages[1].bfloat16())  # nobody was waited for
+    average.mend(engine_of_copies(partitions, copies))
+    assert not average.stale
     assert torch.equal(copies[0].view(torch.int16), partitions[0].detach().bfloat16().view(torch.int16))
+    with average.in_place_of_weights(engine_of_copies(partitions, copies)):
+        assert torch.equal(copies[1], averages[1].bfloat16())
+    assert torch.equal(copies[1], partitions[1].detach().bfloat16()) and not average.stale
 
 
 def test_before_it_begins_the_weights_stand_for_themselves():
@@ -124,11 +130,11 @@ def test_before_it_begins_the_weights_stand_for_themselves():
 
 @pytest.mark.parametrize("what", ["a training step", "save_checkpoint"])
 def test_a_step_or_a_checkpoint_inside_is_refused(what):
-    stability = SimpleNamespace(ema=SimpleNamespace(swapped=True))
+    stability = SimpleNamespace(ema=SimpleNamespace(swapped=True, mend=lambda engine: None), engine=None)
     with pytest.raises(RuntimeError, match=f"^{what} is not possible inside averaged_weights"):
         Stability.require_own_weights(stability, what)
-    for ema in (None, SimpleNamespace(swapped=False)):
-        Stability.require_own_weights(SimpleNamespace(ema=ema), what)
+    for ema in (None, SimpleNamespace(swapped=False, mend=lambda engine: None)):
+        Stability.require_own_weights(SimpleNamespace(ema=ema, engine=None), what)
 
 
 @pytest.mark.parametrize(
