@@ -62,13 +62,13 @@ def test_the_learning_rate_with_the_lowest_held_out_loss_is_chosen(tmp_path):
     file = tmp_path / "cures.yaml"
     file.write_text(cures.yaml.safe_dump(document, sort_keys=False))
     plan = load_plan(file)
-    losses = {("plain", 1e-3): 2.0, ("gem", 3e-3): 1.0, ("plain", 3e-4): None}
+    losses = {("plain", 1e-3): 2.0, ("gem", 3e-4): 1.0, ("plain", 3e-4): None}
     for cell in plan.cells:
         folder = tmp_path / "runs" / cell.id
         folder.mkdir(parents=True)
         loss = losses.get((cell.arm, cell.axes["learning_rate"]), 3.0)
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/cross_entropy": loss}) + "\n")
-    assert cures.choose(plan, tmp_path / "runs", 0) == {"plain": 1e-3, "gem": 3e-3}
+    assert cures.choose(plan, tmp_path / "runs", 0) == {"plain": 1e-3, "gem": 3e-4}
 
 
 def test_table_ends_with_human_text_and_chance():
