@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import common
+import cures
+import cures_figure
 import demo
+import downstream
 import figures
 import generation
 import governor
@@ -176,6 +179,18 @@ def governor_section(result: dict[str, Any]) -> str:
     return f"{common.markdown_table(*governor.governor_table(result['rows']))}\n\n" + governor.verdict(result["rows"]).replace("\n", "  \n")
 
 
+def cures_section(result: dict[str, Any]) -> str:
+    """Quality and diversity, then tasks, then the figure."""
+    return "\n\n".join([
+        common.markdown_table(*cures.cures_table(result, cures.DIVERSITY)), common.markdown_table(*cures.cures_table(result, cures.TASKS)),
+        cures.sentences(result), "![Quality against diversity, an arm a number](figures/cures.png)",
+    ])  # fmt: skip
+
+
+def downstream_section(result: dict[str, Any]) -> str:
+    return f"{common.markdown_table(*downstream.skills_table(result))}\n\n{downstream.summary(result)}"
+
+
 def faults_section(result: dict[str, Any]) -> str:
     """One row a phase: how many kills, how many inside the phase, and what came of them."""
     header = ["killed while", "kills (of rank 0)", "inside the phase", "all processes ended", "seconds: median, longest",
@@ -192,10 +207,11 @@ def faults_section(result: dict[str, Any]) -> str:
 SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "headline": headline_section,
             "arms": arms_section, "pretrained": pretrained_section, "generation": generation_section,
             "million": million_section, "load_once": load_once_section, "sweep_cost": sweep_cost_section,
-            "metric_speed": metric_speed_section, "faults": faults_section, "governor": governor_section}  # fmt: skip
+            "metric_speed": metric_speed_section, "faults": faults_section, "governor": governor_section, "cures": cures_section,
+            "downstream": downstream_section}  # fmt: skip
 SAME_FILE = {"arms": "headline"}  # sections that show another part of a results file
 DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults", "million", "load_once", "sweep_cost",
-                   "governor")  # fmt: skip
+                   "governor", "cures", "downstream")  # fmt: skip
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
@@ -210,6 +226,10 @@ def draw(results: Path, folder: Path) -> list[Path]:
         untouched = next((row for row in result["rows"] if row["level"] is None), None)
         figures.dose_response(rows, path, TITLES[name], baseline=untouched)
         written.append(path)
+    result = load("cures", results)
+    if result is not None:
+        cures_figure.pareto(result, folder / "cures.png", cures.TITLE)
+        written.append(folder / "cures.png")
     return written
 
 

@@ -2,10 +2,10 @@
 
 The replicated floats are one key of DeepSpeed's `client_state`, which survives the universal converter, and stand again in
 `TAG/stability_state.json` for people to read. State as large as the parameters (the gradient's running mean, the initial
-weights) is per rank, in `TAG/ds_stability_rank_XXXXX.safetensors`: slices of parameters by name, without padding, so that
+weights, the average of the weights) is per rank, in `TAG/ds_stability_rank_XXXXX.safetensors`: slices of parameters by name, without padding, so that
 any number of ranks finds its own again. Nothing of ours is pickled.
 
-    key       mean/PARAMETER or initial/PARAMETER, fp32 [numel of the slice]
+    key       mean/, initial/ or average/PARAMETER, fp32 [numel of the slice]
     metadata  world_size, rank, slices: JSON of PARAMETER -> [first element, numel, numel of the whole parameter]
 """
 
@@ -25,8 +25,8 @@ from ds_stability.layout import Piece, overlap, partition_layout
 
 KEY = "ds_stability"
 RANK_FILES = "ds_stability_rank_*.safetensors"
-MEAN, INITIAL = "mean", "initial"
-MEANING = {MEAN: "the gradient's running mean", INITIAL: "the initial weights"}
+MEAN, INITIAL, AVERAGE = "mean", "initial", "average"
+MEANING = {MEAN: "the gradient's running mean", INITIAL: "the initial weights", AVERAGE: "the average of the weights"}
 logger = logging.getLogger(__name__)
 
 
@@ -60,7 +60,8 @@ def load(engine, path: str, client_state: dict) -> dict | None:
         )
     state = json.loads(json.dumps(state))
     if _stored(engine.stability) and state["applied_steps"] > 0:  # before the first applied step there are none
-        agree(lambda: _load_tensors(engine, Path(path).parent))
+        averaged = state.get("ema") is not None and state["ema"]["updates"] > 0
+        agree(lambda: _load_tensors(engine, Path(path).parent, averaged))
     return state
 
 
@@ -71,13 +72,17 @@ def _stored(stability) -> dict[str, dict[int, torch.Tensor]]:
         stored[MEAN] = stability.averaging.means
     if stability.regularization is not None and stability.regularization.kind == "init_decay":
         stored[INITIAL] = stability.regularization.initial
+    if stability.ema is not None:
+        stored[AVERAGE] = stability.ema.tensors
     return stored
 
 
-def _load_tensors(engine, folder: Path) -> None:
+def _load_tensors(engine, folder: Path, averaged: bool) -> None:
     stability = engine.stability
     partitions, layout = stability.gradients.partitions(), partition_layout(engine.optimizer)
     for kind, target in _stored(stability).items():
+        if kind == AVERAGE and not averaged:
+            continue
         tensors = [torch.zeros_like(partition, requires_grad=False) for partition in partitions]
         load_slices(folder, kind, tensors, layout, dist.get_rank())
         target.clear()

@@ -25,7 +25,8 @@ from ds_stability.config_controller import (
 )
 from ds_stability.config_describe import STRICT, KeyInfo, Section, describe_model, translate
 from ds_stability.config_errors import InvalidValue, did_you_mean, one_line, show_value
-from ds_stability.deepspeed_config import find_auto, load_ds_config, unsupported_features, zero_stage
+from ds_stability.deepspeed_config import find_auto, load_ds_config, offload_devices, unsupported_features, zero_stage
+from ds_stability.ema_config import EmaConfig
 from ds_stability.errors import StabilityConfigError
 from ds_stability.objectives.config import PREPARED, CrossEntropy, Objectives, UnlikelihoodSequence
 from ds_stability.schedule import (
@@ -160,6 +161,9 @@ class StabilityConfig(Section):
     statistics: StatisticsConfig = Field(StatisticsConfig(), description="what is measured at every step")
     probe: ProbeConfig = Field(ProbeConfig(), description="generation during training")
     alarm: AlarmConfig = Field(AlarmConfig(), description="warnings when the probe's texts leave the band of the reference text")
+    ema: EmaConfig | None = Field(
+        None, description="average of the weights, with which the model is evaluated and exported; null = none"
+    )
     loss_path: Literal["stock", "chunked", "linear"] | None = Field(
         None, description="the model's own loss with statistics beside it, ours from the logits, or ours from the hidden states; "
         "null = stock if nothing is above 0, else linear",
@@ -369,4 +373,14 @@ def unsupported(ds_config: dict[str, Any], stability: StabilityConfig | None = N
             for family in ("clipping", "averaging")
             if stability.max_level(family) > 0
         ]
+    if stability.ema is not None and zero_stage(ds_config) == 0:
+        problems.append(
+            f"{BLOCK}.ema: the average of the weights works at ZeRO stages 1 to 3 and zero_optimization.stage is 0; set a stage, or "
+            "leave ema out"
+        )
+    if stability.ema is not None and offload_devices(ds_config)["parameters"] == "nvme":
+        problems.append(
+            f'{BLOCK}.ema: weights on NVMe are not averaged and zero_optimization.offload_param.device is "nvme"; use "cpu" or '
+            '"none", or leave ema out'
+        )
     return problems

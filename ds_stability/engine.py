@@ -50,7 +50,7 @@ def _initialize(args, kwargs, auto_allowed: bool):
             bound.arguments["args"] = copy.copy(bound.arguments["args"])
             bound.arguments["args"].deepspeed_config = None
     ds_config, config = split_config(load_ds_config(given if given is not None else {}))
-    for sentence in unsupported(ds_config):
+    for sentence in unsupported(ds_config, config):
         raise StabilityConfigError(sentence)
     auto = find_auto(ds_config)
     if auto and not auto_allowed:
@@ -93,6 +93,8 @@ class StabilityMixin:
 
     def forward(self, *inputs, **kwargs):
         stability = self.stability
+        if stability.ema is not None:
+            stability.ema.mend(self)
         if self.training and torch.is_grad_enabled():
             stability.measure_held_out()
             if stability.preparation is not None or stability.alarm is not None:
@@ -103,6 +105,7 @@ class StabilityMixin:
 
     def _take_model_step(self, lr_kwargs):
         stability = self.stability
+        stability.require_own_weights("a training step")
         sums = stability.reduce()  # the one collective and the one host synchronization of the step
         with stability.in_force(sums):  # this step's clip threshold; a forced skip when a number is not finite
             super()._take_model_step(lr_kwargs)
@@ -110,6 +113,7 @@ class StabilityMixin:
 
     def save_checkpoint(self, save_dir, tag=None, client_state={}, save_latest=True, exclude_frozen_parameters=False):  # noqa: B006
         """As DeepSpeed's (same signature: Trainer inspects it), with the stability state beside the shards."""
+        self.stability.require_own_weights("save_checkpoint")
         tag = str(tag if tag is not None else f"global_step{self.global_steps}")
         state = self.stability.state_dict()
         if self.stability.recorder is not None:
@@ -122,10 +126,13 @@ class StabilityMixin:
         return saved
 
     def load_checkpoint(self, load_dir, *args, **kwargs):
+        self.stability.require_own_weights("load_checkpoint")
         path, client_state = super().load_checkpoint(load_dir, *args, **kwargs)
         asked = inspect.signature(deepspeed.DeepSpeedEngine.load_checkpoint).bind(self, load_dir, *args, **kwargs)
         asked.apply_defaults()
         warm_start = asked.arguments["load_module_only"] or not asked.arguments["load_optimizer_states"]
+        if path is not None and self.stability.ema is not None:
+            self.stability.ema.clear()
         if path is not None and not warm_start:  # weights alone: the controller starts anew, as the optimizer does
             if self.load_universal_checkpoint():
                 mend_loaded_optimizer(self, Path(path).parent)

@@ -5,10 +5,15 @@ u is a spread: above 0 it pushes the next-token distribution apart, below 0 it p
 token weights of gain -u or into an entropy bonus u (stabilizers/governance.py).
 
     e  = sign (set point - value) / scale      positive: the distribution has to spread
-    u* = clip(kp e + I, -limit, limit)         I += ki e (steps since the last measurement, at most 10)
+    u* = clip(kp e + I, -limit, limit)         I += (ki e + D) n, n: steps since the last measurement, at most 10
     u  follows u* by at most slew_rate an applied step
 
-The integral stands still while a bound or the slew rate holds the output back and the error pushes against it (conditional
+D += ki^2 e n / 10 once the set point rests: a model in training drifts, the output that holds it changes from step to step, and
+an integral alone stays behind by a constant error (a loop of type 2 follows a ramp without one; Franklin, Powell &
+Emami-Naeini, Feedback Control of Dynamic Systems, section 4.2). The factor keeps the loop overdamped where an output of 1 moves
+the statistic by .4 or more of its scale.
+
+I and D stand still while a bound or the slew rate holds the output back and the error pushes against it (conditional
 integration; Astrom & Hagglund, Advanced PID Control, 2006, section 3.5).
 
 Start. After warm-up the governor coasts at output 0 as long as the model is on its way to the target by itself and would be
@@ -30,6 +35,7 @@ TREND_STEPS = 20  # memory of the slope that tells whether to coast
 MIN_TREND_STEPS = 10  # applied steps that must be known for it
 LANDING_STEPS = 20  # coasting ends so many steps before the model would be at the target, which is then approached more slowly
 COAST_RAMPS = 2  # a model that will be at the target by itself within so many ramps of the set point is let do so
+DRIFT_SHARE = 0.1  # gain of D in units of ki^2
 SATURATED_STEPS = 10  # applied steps at the bound, in a row, after which the user is told
 
 
@@ -42,6 +48,7 @@ class GovernorState:
     output: float = 0.0  # u in force in the coming step
     command: float = 0.0  # u*
     integral: float = 0.0
+    drift: float = 0.0  # what the integral changes by in a step without an error
     trend_from: int | None = None  # applied steps at the first measurement after warm-up
     trend_sum: float = 0.0  # weighted slopes per applied step before the governor is engaged, and the weights
     trend_weight: float = 0.0
@@ -144,9 +151,12 @@ class Governor:
 
     def _control(self, elapsed: int) -> None:
         state = self.state
-        error = self._scaled_error() * min(1.0, MAX_HOLD_STEPS / elapsed)
+        share, held = min(1.0, MAX_HOLD_STEPS / elapsed), min(elapsed, MAX_HOLD_STEPS)
+        error = self._scaled_error() * share
         if self._held_back() * error <= 0.0:  # free to move, or the error pulls back
-            state.integral = _clip(state.integral + self.ki * error * min(elapsed, MAX_HOLD_STEPS), self.output_limit)
+            if state.applied_steps - state.engaged_step >= self.setpoint_ramp_steps:
+                state.drift = _clip(state.drift + DRIFT_SHARE * self.ki**2 * error * share * held, self.slew_rate)
+            state.integral = _clip(state.integral + (self.ki * error + state.drift) * held, self.output_limit)
         state.command = _clip(self.kp * error + state.integral, self.output_limit)
 
     def _held_back(self) -> float:

@@ -91,7 +91,8 @@ def _key_reports(stability: StabilityConfig, given: dict[str, Any], flagged: boo
         path = section_name + rest.partition(")")[2] if kind else info.path
         parts = path.split(".")
         absent = parts[0] == "stabilizers" and (parts[1] not in families if len(parts) > 1 else bool(families))
-        if absent or (info.section and info.path != "stabilizers"):
+        null = values[parts[0]] is None  # an optional section: one row says so
+        if absent or (null and len(parts) > 1) or (info.section and info.path != "stabilizers" and not null):
             continue
         value: Any = values
         for part in parts:

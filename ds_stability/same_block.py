@@ -6,7 +6,12 @@ from ds_stability.errors import StabilityConfigError
 def training_part(block: dict) -> dict:
     """The block without what only looks on: a run may be resumed with another probe."""
     onlookers = ("max_skipped_steps",) if block["alarm"]["action"] == "govern" else ("probe", "alarm", "max_skipped_steps")
-    return {key: value for key, value in block.items() if key not in onlookers}
+    return {key: value for key, value in without_absent(block).items() if key not in onlookers}
+
+
+def without_absent(block: dict) -> dict:
+    """The block as it was before `ema` was a key, where that is null: what was written then is the same."""
+    return {key: value for key, value in block.items() if key != "ema" or value is not None}
 
 
 def require_same_block(old: dict, new: dict) -> None:

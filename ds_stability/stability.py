@@ -14,7 +14,7 @@ from ds_stability.causal_model import causal_lm, has_pretrained_weights
 from ds_stability.collective import reduce_step, reduce_tokens, require_equal
 from ds_stability.config import StabilityConfig
 from ds_stability.console import agree
-from ds_stability.controller import FeedbackController, Setting
+from ds_stability.controller import Setting
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
 from ds_stability.gathered import hook_ids
@@ -22,16 +22,14 @@ from ds_stability.gradients import reduced_gradients, squared_norm
 from ds_stability.held_out import GovernorProbe
 from ds_stability.histogram import NUM_BINS
 from ds_stability.loss import StabilityLoss, cross_entropy
+from ds_stability.masters import require_masters
 from ds_stability.measures import StabilityMeasures
 from ds_stability.noise import MicroGradientMeter
 from ds_stability.objectives.build import Preparation, token_objective
 from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.same_block import require_same_block, training_part
-from ds_stability.stabilizers.averaging import Averaging
-from ds_stability.stabilizers.clipping import Clipping
-from ds_stability.stabilizers.feedback import Feedback, read_gains
-from ds_stability.stabilizers.governance import Governance, check_target
-from ds_stability.stabilizers.regularization import Regularization
+from ds_stability.stabilizers.build import NAMES, build_stabilizers
+from ds_stability.stabilizers.governance import check_target
 from ds_stability.statistics import (
     STEP_FIELDS,
     TOKEN_FIELDS,
@@ -41,6 +39,7 @@ from ds_stability.statistics import (
     non_finite_fields,
     token_metrics,
 )
+from ds_stability.weight_average import WeightAverage
 
 STATE_VERSION = 1
 logger = logging.getLogger(__name__)
@@ -63,6 +62,7 @@ class Stability:
         own_text: whether the coming step trains on generated text: its tokens enter no statistic and have weight 1.
         feedback, governance, clipping, averaging, regularization: the stabilizers; None where absent.
         governor_probe: how the governor measures on held-out text, or None.
+        ema: the average of the weights, or None.
     """
 
     def __init__(self, engine, config: StabilityConfig):
@@ -72,7 +72,10 @@ class Stability:
         model = causal_lm(engine.module)
         self.config = config.resolve(pretrained=has_pretrained_weights(model))
         self.gradients = reduced_gradients(engine)
-        self._build_stabilizers(engine)
+        require_masters(self.config, self.gradients.partitions())
+        self.stabilizers = build_stabilizers(self.config, self.device, self.group)
+        self.feedback, self.governance, self.clipping, self.averaging, self.regularization = map(self.stabilizers.get, NAMES)
+        self.ema = WeightAverage(self.config.ema, self.gradients.partitions) if self.config.ema is not None else None
         self.measures = StabilityMeasures()
         self.meter = UpdateMeter(self.config.statistics.update_ratio_interval, self.device)
         self.hooks = OptimizerHooks(self.gradients, self.averaging, self.regularization, self.meter)
@@ -100,47 +103,6 @@ class Stability:
         self.alarm_state: dict | None = None  # of a checkpoint, for the alarm that is still to be made
         self.started = time.perf_counter()
         self._prepare()
-
-    def _build_stabilizers(self, engine) -> None:
-        config, control, families = self.config, self.config.controller, self.config.families
-        partitions = self.gradients.partitions()
-        for name in ("clipping", "averaging", "init_decay"):
-            penalty = families.get("regularization")
-            family = "regularization" if name == "init_decay" and penalty and penalty.kind == name else name
-            if config.max_level(family) > 0 and not partitions:
-                raise StabilityConfigError(
-                    f"stabilizer {name!r} needs zero_optimization.stage 1, 2 or 3; this engine has stage 0"
-                )
-            if config.max_level(family) > 0 and any(p.dtype != torch.float32 for p in partitions):
-                raise StabilityConfigError(f"stabilizer {name!r} needs fp32 master weights; these are {partitions[0].dtype}")
-        self.clipping = self.averaging = self.regularization = None
-        self.governance = Governance(control, config.statistics.ema_decay) if config.governed else None
-        self.feedback = None if config.governed else self._feedback()
-        if config.max_level("clipping") > 0:
-            self.clipping = Clipping(lambda step: config.family_level("clipping", step), control.warmup_steps,
-                                     families["clipping"].ema_decay)  # fmt: skip
-        if config.max_level("averaging") > 0:
-            self.averaging = Averaging(lambda step: config.family_level("averaging", step), families["averaging"].beta_max)
-        if config.max_level("regularization") > 0:
-            family = families["regularization"]
-            self.regularization = Regularization(lambda step: config.family_level("regularization", step),
-                                                 family.kind, family.max)  # fmt: skip
-        parts = {"feedback": self.feedback, "governance": self.governance, "clipping": self.clipping, "averaging": self.averaging,
-                 "regularization": self.regularization}  # fmt: skip
-        self.stabilizers = {name: part for name, part in parts.items() if part is not None}
-
-    def _feedback(self) -> Feedback:
-        config, control, family = self.config, self.config.controller, self.config.families.get("feedback")
-        gains = None
-        if family is not None and family.replay is not None:
-            gains = agree(lambda: read_gains(family.replay))
-            require_equal({"gains": gains}, self.device, self.group, "replayed gains")
-        controller = FeedbackController(
-            lambda step: config.family_level("feedback", step),
-            control.warmup_steps, control.ramp_steps, control.gain_max, control.trim_kp, control.trim_ki,
-            control.trim_max, config.statistics.ema_decay, gains,
-        )  # fmt: skip
-        return Feedback(controller, family is not None and family.permute)
 
     def _install_loss(self, model, engine) -> StabilityLoss | None:
         path = self.config.resolved_loss_path
@@ -269,6 +231,8 @@ class Stability:
     @contextmanager
     def in_force(self, sums: StepSums) -> Iterator[None]:
         """What DeepSpeed's own step must respect: this step's clip threshold, or a skip when a number is not finite."""
+        if self.ema is not None:
+            self.ema.begin(self.applied_steps)
         self.learning_rate = self.engine.get_lr()[0]
         self.loss_scale = self.gradients.loss_scale
         threshold = self.clipping.threshold if self.clipping is not None else None
@@ -295,6 +259,9 @@ class Stability:
                     stabilizer.update(sums)
             if self.governance is not None and self.governance.warning and not self.own_text and dist.get_rank() == 0:
                 logger.warning(self.governance.warning)
+            if self.ema is not None:
+                self.ema.update()
+                metrics.update(self.ema.metrics())
             self.measures.update(sums)
             self.applied_steps += 1
             self.skipped_in_a_row = 0
@@ -340,10 +307,35 @@ class Stability:
             events = [(key, value, self.engine.global_samples) for key, value in self.metrics.items() if value is not None]
             self.engine.monitor.write_events(events)
 
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Evaluate or export inside: the model's weights are their average (`stability.ema`), and the plain ones afterwards.
+
+        They are the same to the bit as before. Without `ema`, or before it has begun, the weights stay as they are. A
+        collective: enter and leave on every rank, between optimizer steps. A step or a checkpoint inside is refused.
+        """
+        if self.ema is None:
+            yield
+            return
+        self.ema.mend(self.engine)
+        with self.ema.in_place_of_weights(self.engine):
+            yield
+        self.restart_clock()
+
+    def require_own_weights(self, what: str) -> None:
+        """Raises RuntimeError inside `averaged_weights()`; sees to it that the parameters are those of the training."""
+        if self.ema is not None:
+            self.ema.mend(self.engine)
+        if self.ema is not None and self.ema.swapped:
+            raise RuntimeError(f"{what} is not possible inside averaged_weights(), where the weights are not those of the training")
+
     def evaluation_metrics(self) -> dict[str, float | None]:
         """Token statistics of all evaluation passes since the last call, over all ranks; a collective of its own.
 
-        Keys as in the tag table, under `eval/`. The stabilizers do not see these passes.
+        Keys as in the tag table, under `eval/`. The stabilizers do not see these passes. Call it inside `averaged_weights()`
+        if they were there.
         """
         vector = self.loss.evaluation.vector()
         self.loss.evaluation.reset()
@@ -352,6 +344,7 @@ class Stability:
         self.restart_clock()
         names = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
         result = {"eval/cross_entropy": metrics["cross_entropy"]}
+        result |= {"eval/averaged": int(self.ema.swapped)} if self.ema is not None else {}
         return as_metrics(result | {f"eval/{name}": metrics[f"stability/{name}"] for name in names})
 
     def restart_clock(self) -> None:
@@ -375,6 +368,7 @@ class Stability:
             "measures": self.measures.state_dict(),
             "update_meter": pending.tolist(),
             "alarm": self.alarm_state if self.alarm is None else self.alarm.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -390,6 +384,8 @@ class Stability:
             setattr(self, name, state[name])
         for name, part in self.stabilizers.items():
             part.load_state_dict(state["stabilizers"][name])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.alarm_state = state["alarm"]
         if self.alarm is not None and self.alarm_state is not None:
             self.alarm.load_state_dict(self.alarm_state)

@@ -72,6 +72,7 @@ TAGS: dict[str, Tag] = {
     # the other stabilizers
     "stability/clipping_level": Tag("0..1", "schedule(applied steps)", "clipping", "requested level of the clipping"),
     "stability/averaging_beta": Tag("-", ".99 level", "averaging", "decay of the running mean of gradients"),
+    "stability/weight_average_decay": Tag("0..1", "min(decay, (1 + t)/(10 + t)), t steps in the average", "weight_average; Morales-Brotons et al. 2024, arXiv 2411.18704", "decay of the average of the weights in this step; 0 before it begins"),
     "stability/regularization_coefficient": Tag("-", "level^2 max", "regularization", "coefficient of the regularizer"),
 }  # fmt: skip
 
@@ -92,6 +93,7 @@ _ALARMS = {
 _EVALUATED = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
 _DECODINGS = {"sample": "pure sampling at temperature 1", "greedy": "greedy decoding"}
 
+TAGS["eval/averaged"] = Tag("0/1", "-", "engine", "only with stability.ema: 1 where this line's evaluation was of the average of the weights")
 TAGS["eval/cross_entropy"] = Tag("nats", "mean(s)", "loss", "plain cross-entropy of held-out text")
 for _name in _EVALUATED:
     TAGS[f"eval/{_name}"] = TAGS[f"stability/{_name}"]._replace(meaning=f"as stability/{_name}, over all held-out text")

@@ -29,6 +29,7 @@ from ds_stability.launchers.world_size import require_same_batch
 from ds_stability.preemption import StopSignals
 from ds_stability.probe import Probe, prompts_from_blocks, prompts_from_file
 from ds_stability.run_dir import RunDir, build_manifest, check_output_dir, set_aside
+from ds_stability.same_block import without_absent
 
 PROMPT_TOKENS = 16
 VISIBLE_SECONDS = 30.0
@@ -129,7 +130,7 @@ def settings_identity(command: Command, config: Any) -> dict[str, Any]:
         "adapter": [model.lora_r, model.lora_alpha, model.lora_target_modules] if model.use_peft else None,
         "block_size": command.data.block_size,
         "seed": command.training["seed"],
-        "stability": command.stability.to_dict(),
+        "stability": without_absent(command.stability.to_dict()),
     }  # fmt: skip
 
 

@@ -37,10 +37,15 @@ def check_cells(plan: Plan, folder: Path) -> dict[str, Command]:
             except UserError as error:
                 raise UserError(f"{plan.source}: cell {cell.id}: {_as_in_the_file(str(error), cell)}") from None
     try:
-        check_comparable(list(commands.items()))
+        check_comparable([(cell.id, commands[cell.id]) for cell in plan.cells if not takes_tokenizer_of_a_cell(cell)])
     except UserError as error:
         raise UserError(f"{plan.source}: {error}") from None
     return commands
+
+
+def takes_tokenizer_of_a_cell(cell: Cell) -> bool:
+    """Whether a cell fine-tunes what another cell of the sweep trains, whose tokenizer comes with it."""
+    return "tokenizer_name" not in cell.flags and "{cell:" in str(cell.flags.get("model_name_or_path"))
 
 
 def _check_flags(plan: Plan) -> None:

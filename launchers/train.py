@@ -157,7 +157,10 @@ def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokeni
     card = {"level": block["level"], "steps": trainer.state.global_step}
     if engine.stability.config.governed:
         card["governor"] = {key: block["controller"][key] for key in ("statistic", "target", "actuator")}
-    export_model(engine, tokenizer, run.final, card, run.path / FILE_NAME)
+    if engine.stability.ema is not None:
+        card["ema"] = block["ema"] | {"averaged_steps": engine.stability.ema.updates}
+    with engine.stability.averaged_weights():
+        export_model(engine, tokenizer, run.final, card, run.path / FILE_NAME)
     if engine.stability.recorder is not None:
         engine.stability.recorder.close()
     finish_run(run)

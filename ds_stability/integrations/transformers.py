@@ -1,8 +1,8 @@
 """transformers and TRL trainers: `enable()` before the trainer is built, and nothing else.
 
 `enable` replaces the attribute `deepspeed.initialize`, which Accelerate and TRL look up when they build an engine, and
-adds a callback to transformers' defaults that writes metrics.jsonl and TensorBoard into `output_dir`. `disable` undoes
-all of it. Engines without an optimizer (a reference model, an evaluation before training) stay as DeepSpeed made them.
+adds a callback to transformers' defaults that writes metrics.jsonl and TensorBoard into `output_dir`. With
+`stability.ema`, `Trainer.evaluate` and `.predict` use the average of the weights. `disable` undoes all of it. Engines without an optimizer (a reference model, an evaluation before training) stay as DeepSpeed made them.
 
 TRL's SFTTrainer computes its loss from a fused head that never builds logits (trl/trainer/sft_trainer.py, 1.16,
 `compute_loss`). At level 0 it is left alone, and token statistics are null. Above level 0 (or with `loss_path` "linear" or "chunked")
@@ -16,6 +16,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 
 import deepspeed
@@ -57,6 +58,8 @@ def enable() -> None:
     train = transformers.Trainer.train
     transformers.Trainer.train = _remembered(train)
     _undo.append(lambda: setattr(transformers.Trainer, "train", train))
+    for name in ("evaluate", "predict"):
+        _average(name)
 
 
 def disable() -> None:
@@ -77,6 +80,20 @@ def _remembered(train: Callable) -> Callable:
             _training.pop()
 
     return wrapped
+
+
+def _average(name: str) -> None:
+    """Let `Trainer.evaluate` or `.predict` run with the average of the weights, where the engine keeps one (`stability.ema`)."""
+    method = vars(transformers.Trainer)[name]
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        engine = stability_engine.engine_of(self.model)
+        with engine.stability.averaged_weights() if engine is not None else nullcontext():
+            return method(self, *args, **kwargs)
+
+    setattr(transformers.Trainer, name, wrapped)
+    _undo.append(lambda: setattr(transformers.Trainer, name, method))
 
 
 def _held_out(count: int) -> list[dict]:
@@ -218,6 +235,11 @@ class StabilityCallback(TrainerCallback):
             logger.warning("ds_stability is enabled, but this Trainer runs without DeepSpeed: nothing is controlled")
             return
         self.training, self.stopped = True, False
+        ema = engine.stability.config.ema
+        if ema is not None and ema.start_step >= state.max_steps:
+            raise StabilityConfigError(
+                f"stability.ema.start_step: {ema.start_step} is not allowed in a run of {state.max_steps} steps; must be below that"
+            )
         _check_block(args, engine.stability.config)  # again: DeepSpeed may be configured through Accelerate, not through the arguments
         if engine.stability.loss is not None and engine.stability.loss.chunked:
             _check_loss(args)

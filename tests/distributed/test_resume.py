@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ds_stability.checkpoint_files import size_fault
 from ds_stability.run_dir import RunDir
@@ -63,6 +65,7 @@ def killed(start_distributed, tmp_path_factory):
         "stabilizers": {"feedback": {}, "clipping": {}, "averaging": {"level": 0.3}},
         "controller": {"warmup_steps": 2, "ramp_steps": 2},
         "probe": {"interval": 3, "num_prompts": 4, "max_new_tokens": 8},
+        "ema": {"decay": 0.5, "start_step": 2},
     }
     (folder / "ds.json").write_text(json.dumps(config))
     run = kill_after_a_checkpoint(start_distributed, folder, "killed")
@@ -126,6 +129,22 @@ def test_final_weights_are_the_same_to_the_bit(pair):
     for name in files:
         if name.endswith((".safetensors", ".json")):
             assert (whole.final / name).read_bytes() == (resumed.final / name).read_bytes(), name
+
+
+def test_what_is_exported_and_evaluated_is_the_average(pair):
+    """The average as the last checkpoint has it, put together from the ranks' slices (fp32)."""
+    whole, _ = pair
+    parts: dict[str, list[torch.Tensor]] = {}
+    for rank in range(2):
+        stored = load_file(whole.checkpoint(STEPS) / f"global_step{STEPS}" / f"ds_stability_rank_{rank:05d}.safetensors")
+        for key, part in stored.items():
+            parts.setdefault(key, []).append(part)
+    final = load_file(whole.final / "model.safetensors")
+    assert len(final) > 10
+    for name, weight in final.items():
+        assert torch.equal(torch.cat(parts[f"average/{name}"]).view(weight.shape), weight), name
+    assert [row["eval/averaged"] for row in lines(whole) if "eval/cross_entropy" in row] == [1, 1, 1]  # steps 5, 10 and the last
+    assert "ema.averaged\\_steps | 12" in (whole.final / "README.md").read_text()
 
 
 def test_metrics_are_the_same(pair):

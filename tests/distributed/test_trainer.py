@@ -32,6 +32,8 @@ RUNS = {
     "half_resumed": {"block": HALF, "steps": 6, "arguments": SAVING, "resume": {"run": "half", "step": 3}},
     "half_evaluated": {"block": HALF, "steps": 6, "arguments": EVALUATING, "evaluation": ["a"], "evaluate_after": True},
     "two_sets": {"block": HALF, "arguments": EVALUATING, "evaluation": ["a", "b"]},
+    "averaged": {"block": HALF | {"ema": {"decay": 0.5}}, "arguments": EVALUATING, "evaluation": ["a", "b"]},
+    "averaged_late": {"block": HALF | {"ema": {"start_step": 4}}},
     "four": {"block": FOUR, "steps": 6, "arguments": SAVING},
     "four_resumed": {"block": FOUR, "steps": 6, "arguments": SAVING, "resume": {"run": "four", "step": 3}},
     "governed": {"block": GOVERNED, "steps": 6, "arguments": SAVING, "evaluation": ["a"]},
@@ -213,6 +215,24 @@ def test_two_evaluation_sets_stay_apart(runs):
     for row in rows:
         assert row["eval/a/cross_entropy"] != row["eval/b/cross_entropy"]
         assert "eval/cross_entropy" not in row
+
+
+def test_with_an_average_it_is_evaluated_and_the_training_does_not_see_it(runs):
+    out, results, _ = runs
+    assert equal(results["averaged"]["weights"], results["two_sets"]["weights"])
+    plain, averaged = lines(out / "two_sets"), lines(out / "averaged")
+    for row, other in zip(averaged, plain, strict=True):
+        assert row["eval/a/averaged"] == row["eval/b/averaged"] == 1 and "eval/a/averaged" not in other
+        assert row["eval/a/cross_entropy"] != other["eval/a/cross_entropy"]
+        assert row["eval/a/tokens"] == other["eval/a/tokens"] and row["loss"] == other["loss"]
+    assert [row["stability/weight_average_decay"] for row in averaged] == pytest.approx([2 / 11, 3 / 12, 4 / 13, 5 / 14])
+    assert results["averaged"]["undone"]
+
+
+def test_an_average_that_would_never_begin_is_refused(runs):
+    for rank in range(2):
+        text = (runs[0] / f"averaged_late.error.{rank}").read_text()
+        assert text == "StabilityConfigError: stability.ema.start_step: 4 is not allowed in a run of 4 steps; must be below that"
 
 
 @pytest.mark.parametrize("name", ["activation", "gradient"])

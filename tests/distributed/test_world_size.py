@@ -19,6 +19,7 @@ STABILITY = {
     "stabilizers": {"feedback": {}, "clipping": {}, "averaging": {"level": 0.3},
                     "regularization": {"level": 0.8, "kind": "init_decay"}},
     "controller": {"warmup_steps": 2, "ramp_steps": 2},
+    "ema": {"decay": 0.5},
     "statistics": {"update_ratio_interval": 1},  # norms over whole partitions: padding would show
 }  # fmt: skip
 
@@ -121,6 +122,7 @@ def check_all(whole, resumed, said):
     assert not [path.name for path in resumed.path.iterdir() if path.name.startswith(".universal")]
 
 
+@pytest.mark.slow
 def test_two_to_one(run_distributed, tmp_path):
     whole, resumed, said = change(run_distributed, tmp_path, 2, 1, stage=3)
     check_all(whole, resumed, said)

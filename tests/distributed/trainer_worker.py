@@ -19,6 +19,7 @@ from deepspeed import comm as dist
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 PLAIN_INITIALIZE, PLAIN_CALLBACKS = deepspeed.initialize, list(transformers.trainer.DEFAULT_CALLBACKS)
+PLAIN_METHODS = [Trainer.train, Trainer.evaluate, Trainer.predict]
 
 import ds_stability  # noqa: E402
 import ds_stability.integrations.transformers as integration  # noqa: E402
@@ -166,7 +167,8 @@ def execute(run, out, rank):
         "is_accelerators": trainer.accelerator.deepspeed_engine_wrapped.engine is engine,
         "unwraps": trainer.accelerator.unwrap_model(engine) is trainer.model,
         "world": [trainer.accelerator.num_processes, engine.world_size, engine.zero_optimization_stage()],
-        "undone": deepspeed.initialize is PLAIN_INITIALIZE and transformers.trainer.DEFAULT_CALLBACKS == PLAIN_CALLBACKS,
+        "undone": deepspeed.initialize is PLAIN_INITIALIZE and transformers.trainer.DEFAULT_CALLBACKS == PLAIN_CALLBACKS
+        and [Trainer.train, Trainer.evaluate, Trainer.predict] == PLAIN_METHODS,
         "trainable": [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad],
     }
     stability = ds_stability.engine_of(trainer.model)

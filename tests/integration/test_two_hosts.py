@@ -27,7 +27,7 @@ DDP_TIMEOUT = 30  # seconds; also what ranks have to find each other on a busy m
 END = 60  # seconds that survivors have after a loss, beyond the timeout of the network
 KILLED = 256 - signal.SIGKILL  # what DeepSpeed's launcher makes of a rank that SIGKILL ended; pdsh returns the greatest code
 STOPPED = 75
-SLOTS = [1, pytest.param(2, marks=pytest.mark.slow)]
+SLOTS = [1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,7 @@ def errors(run, ranks):
     return [line for rank in ranks for line in run.rank_text(rank).splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", SLOTS)
 def test_a_run_that_loses_a_rank_of_one_host_ends_on_both_and_goes_on(place, one_host, two_hosts, slots):
     output, ranks = place / f"two-{slots}", 2 * slots

@@ -8,7 +8,7 @@ RUNS = [
     {"name": "plain", "engine": "plain", "steps": 5, "ds": COMMS},
     {"name": "observed", "stability": {"level": 0.0}, "steps": 5, "ds": COMMS},
     {"name": "controlled", "steps": 5, "ds": COMMS,
-     "stability": {"level": 0.5, "stabilizers": ALL_FAMILIES, "controller": {"warmup_steps": 2}}},
+     "stability": {"level": 0.5, "stabilizers": ALL_FAMILIES, "controller": {"warmup_steps": 2}, "ema": {}}},
     {"name": "unequal", "stability": {"level": 0.5}, "other_block": {"level": 0.4}},
 ]  # fmt: skip
 

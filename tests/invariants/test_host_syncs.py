@@ -9,7 +9,7 @@ import torch
 from host_syncs import HostSyncs
 
 FAMILIES = {"feedback": {}, "clipping": {}, "averaging": {}, "regularization": {"kind": "z_loss"}}
-CONTROLLED = {"level": 0.5, "stabilizers": FAMILIES, "statistics": {"update_ratio_interval": 1}, "controller": {"warmup_steps": 1}}
+CONTROLLED = {"level": 0.5, "stabilizers": FAMILIES, "statistics": {"update_ratio_interval": 1}, "controller": {"warmup_steps": 1}, "ema": {}}
 BASE = {"steps": 4, "syncs": True, "high_frequency": None}
 RUNS = [
     {"name": "plain", "engine": "plain", **BASE},

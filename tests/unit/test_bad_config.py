@@ -10,7 +10,7 @@ from ds_stability.config import StabilityConfig, load_ds_config, split_config
 from ds_stability.errors import StabilityConfigError, UserError
 
 LEVEL = "a number from 0 to 1, or a list of [step, level] pairs"
-TOP = "allowed here: level, stabilizers, objective, controller, statistics, probe, alarm, loss_path, max_skipped_steps"
+TOP = "allowed here: level, stabilizers, objective, controller, statistics, probe, alarm, ema, loss_path, max_skipped_steps"
 FAMILIES = "feedback, clipping, averaging, regularization"
 NESTED: list = []
 NESTED.append(NESTED)

@@ -34,6 +34,7 @@ FULL = {
     "max_skipped_steps": 1,
     "objective": {"name": "focal", "gamma": 1.5},
     "alarm": {"action": "stop", "reference_file": "r.txt", "start_step": 3, "patience": 1, "share_tolerance": 0.1, "entropy_tolerance": 0.3},
+    "ema": {"decay": 0.9, "start_step": 3, "warmup": False},
 }  # fmt: skip
 
 
@@ -238,7 +239,8 @@ def test_the_described_defaults_are_the_defaults():
         for parent in parents:
             node = node.setdefault(parent, {})
         node[key] = info.default
-    assert StabilityConfig.parse(block) == StabilityConfig()
+    assert block.pop("ema") == {"decay": 0.999, "start_step": 0, "warmup": True} == parse(ema={}).ema.model_dump()
+    assert StabilityConfig.parse(block) == StabilityConfig() and StabilityConfig().ema is None
 
 
 def test_importing_the_config_loads_nothing_heavy():

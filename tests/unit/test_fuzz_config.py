@@ -47,6 +47,7 @@ SECTIONS = {
               "max_gather_gib": st.floats(0, 10**6, exclude_min=True)},
     "alarm": {"action": st.sampled_from(["off", "warn", "stop"]), "reference_file": st.none() | paths, "start_step": st.none() | steps,
               "patience": st.integers(1, 1000), "share_tolerance": st.floats(0, 1, exclude_max=True), "entropy_tolerance": shares},
+    "ema": {"decay": shares, "start_step": steps, "warmup": st.booleans()},
 }  # fmt: skip
 gammas, coefficients, positive = st.floats(0, 20), st.floats(0, 100), st.floats(0, 10, exclude_min=True)
 OBJECTIVES = {

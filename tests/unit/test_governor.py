@@ -172,7 +172,24 @@ def test_rare_measurements_are_held_for_a_while_only():
         governor.advance()
     before = governor.state.integral
     governor.measure(4.0, 5.0)
-    assert governor.state.integral - before == pytest.approx(governor.ki * MAX_HOLD_STEPS * MAX_HOLD_STEPS / 400)
+    by_drift = governor.state.drift * MAX_HOLD_STEPS
+    assert governor.state.integral - before == pytest.approx(governor.ki * MAX_HOLD_STEPS * MAX_HOLD_STEPS / 400 + by_drift)
+    assert by_drift < 0.01
+
+
+@pytest.mark.parametrize("drift", [-0.002, 0.002])
+def test_a_model_that_drifts_is_followed_without_a_constant_error(drift):
+    plant, target = Plant(4.1, 2.0), 4.1
+    governor, values = Governor(warmup_steps=10, dead_band=0.0), []
+    for step in range(500):
+        if step >= 10 and step % 10 == 0:
+            governor.measure(plant.read(), target)
+        values.append(plant.value)
+        plant.natural += drift
+        plant.step(governor.state.output)
+        governor.advance()
+    lag_of_an_integral_alone = abs(drift) / (governor.ki * 2.0)
+    assert abs(np.mean(values[-100:]) - target) < 0.25 * lag_of_an_integral_alone
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

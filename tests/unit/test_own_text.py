@@ -53,7 +53,7 @@ def test_the_governor_stands_still_in_steps_on_own_text(monkeypatch, own_text):
             updated.append(self.name)
 
     stability, warned = object.__new__(Stability), []
-    stability.own_text, stability.governance, stability.recorder = own_text, Part("governance"), None
+    stability.own_text, stability.governance, stability.recorder, stability.ema = own_text, Part("governance"), None, None
     stability.stabilizers = {"governance": stability.governance, "clipping": Part("clipping")}
     stability.started, stability.applied_steps, stability.skipped_steps, stability.skipped_in_a_row = 0.0, 0, 0, 0
     stability.measures = SimpleNamespace(update=lambda sums: None, metrics=dict)

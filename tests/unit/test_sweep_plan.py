@@ -34,8 +34,11 @@ def by_axes(plan, **axes):
     return next(cell for cell in plan.cells if all(cell.axes.get(key) == value for key, value in axes.items()))
 
 
+WHOLE_SEQUENCES = ("unlikelihood_token", "unlikelihood_sequence", "reverse_kl")
+
+
 def test_there_are_shipped_sweeps():
-    assert {file.stem for file in SHIPPED} >= {"reproduce", "reproduce_quick", "example"}
+    assert {file.stem for file in SHIPPED} >= {"reproduce", "reproduce_quick", "example", "cures"}
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -47,7 +50,8 @@ def test_every_shipped_sweep_is_planned_and_every_cell_is_a_command_line(file, t
     for cell in plan.cells:
         command = commands[cell.id]
         assert command.stability.level == cell.axes["level"] and command.training["seed"] == cell.axes["seed"]
-        assert command.stability.loss_path == "linear"  # else level 0 would differ in more than its level
+        # Else level 0 would differ in more than its level; some objectives have the chunked path alone.
+        assert command.stability.loss_path == "linear" or command.stability.objective.name in WHOLE_SEQUENCES
     assert not list(tmp_path.iterdir())  # nothing is written
 
 
@@ -147,6 +151,18 @@ def test_objectives_are_an_axis_by_name_or_with_their_keys(plan_of, tmp_path):
         names = {command.stability.objective.name for command in commands.values()}
         assert names == ({"focal", "tofu"} if "objective" in grid else {"cross_entropy", "gem", "focal"})
         assert len(set(commands)) == len(plan.cells) == len(names)
+
+
+def test_the_average_of_the_weights_is_an_axis_or_an_arm(plan_of, tmp_path):
+    plan = plan_of(grid={"stability.ema": [None, {"decay": 0.99}, {"decay": 0.9, "warmup": False}]})
+    commands = check_cells(plan, tmp_path / "runs")
+    found = [command.stability.ema and command.stability.ema.model_dump() for command in commands.values()]
+    for expected in (None, {"decay": 0.99, "start_step": 0, "warmup": True}, {"decay": 0.9, "start_step": 0, "warmup": False}):
+        assert found.count(expected) == 1
+    for flags in ({"stability.ema": {"decay": 0.99}}, {"stability.ema.decay": 0.99}):
+        plan = plan_of(arms={"plain": {}, "ema": {"flags": flags}})
+        blocks = {cell.arm: cell.ds_config(cell.block)["stability"] for cell in plan.cells}
+        assert blocks["ema"]["ema"] == {"decay": 0.99} and "ema" not in blocks["plain"]
 
 
 def test_references_are_ordered_resolved_and_part_of_the_id(plan_of):
@@ -260,7 +276,7 @@ def test_files_that_are_no_sweeps(plan_of, text, message):
 
 
 def test_no_such_file():
-    with pytest.raises(UserError, match=r"no such sweep file; .* ship: example, .*reproduce"):
+    with pytest.raises(UserError, match=r"no such sweep file; .* ship: cures, example, .*reproduce"):
         load_plan("nowhere.yaml")
 
 
@@ -275,6 +291,7 @@ def test_no_such_file():
     ({"grid": {"stability.level": [0, 2]}}, r"cell level-2-\w+: .*stability.level"),
     ({"grid": {"block_size": [64, 4096]}}, r"cell block_size-4096-\w+: .*4096"),
     ({"flags": {**BASE, "config_name": "nowhere.json"}}, "nowhere.json: no such file"),
+    ({"arms": {"a": {}, "b": {"flags": {"config_name": None, "model_name_or_path": "gpt2"}}}}, "the tokenizers of .* differ"),
     ({"grid": {"vocab_size": [512, 1024]}}, "its tokenizer .* would differ"),
     ({"grid": {"dataset_name": ["builtin:prose", "builtin:synthetic"]}}, "its tokenizer .* would differ"),
 ])  # fmt: skip
