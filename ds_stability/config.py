@@ -260,6 +260,13 @@ class StabilityConfig(Section):
                 'never begin; set the action to "govern", or start to "warmup" (a loop of your own may call start_governor())'
             )
 
+    def require_average(self, steps: int) -> None:
+        """Raises StabilityConfigError for an average of the weights that would not begin in a run of `steps` optimizer steps."""
+        if self.ema is not None and self.ema.start_step >= steps:
+            raise StabilityConfigError(
+                f"stability.ema.start_step: {self.ema.start_step} is not allowed in a run of {steps} steps; must be below that"
+            )
+
     @property
     def active(self) -> bool:
         """Whether anything acts on training: a family that is ever above level 0, or the governor."""

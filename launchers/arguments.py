@@ -167,6 +167,8 @@ def parse_command(argv: list[str]) -> Command:
                         f"{stability.controller.probe_interval}) measures on held-out text; give --validation_file or a "
                         "--validation_split_percentage above 0")  # fmt: skip
     stability.require_starter()
+    if training["max_steps"] > 0:  # else the callback does it, when the data is counted
+        stability.require_average(training["max_steps"])
     if stability.alarm.action != "off" and stability.alarm.reference_file is None and not held_out:
         raise UserError(f"stability.alarm.action {stability.alarm.action} holds samples against held-out text; give --validation_file, a "
                         "--validation_split_percentage above 0, or stability.alarm.reference_file")  # fmt: skip

@@ -235,11 +235,7 @@ class StabilityCallback(TrainerCallback):
             logger.warning("ds_stability is enabled, but this Trainer runs without DeepSpeed: nothing is controlled")
             return
         self.training, self.stopped = True, False
-        ema = engine.stability.config.ema
-        if ema is not None and ema.start_step >= state.max_steps:
-            raise StabilityConfigError(
-                f"stability.ema.start_step: {ema.start_step} is not allowed in a run of {state.max_steps} steps; must be below that"
-            )
+        engine.stability.config.require_average(state.max_steps)
         _check_block(args, engine.stability.config)  # again: DeepSpeed may be configured through Accelerate, not through the arguments
         if engine.stability.loss is not None and engine.stability.loss.chunked:
             _check_loss(args)

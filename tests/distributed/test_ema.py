@@ -1,5 +1,6 @@
 """The average of the weights on two ranks: against brute force over gathered weights, exact to swap, exact to resume."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -25,16 +26,24 @@ RUNS = [
     {"name": "zero2", "gas": 1, "ds": {**BF16, "zero_optimization": {"stage": 2}}},
     {"name": "zero1", "gas": 1, "ds": {**BF16, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}},
 ]  # fmt: skip
-NAMES = [run["name"] for run in RUNS]
+SLOW = ("frozen", "offload", "zero1")
+NAMES = [pytest.param(run["name"], marks=[pytest.mark.slow] * (run["name"] in SLOW)) for run in RUNS]
 
 
 @pytest.fixture(scope="module")
-def results(run_ranks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ema")
-    (folder / "spec.json").write_text(json.dumps({"runs": RUNS}))
-    done = run_ranks(WORKER, folder / "spec.json", folder)
-    assert (folder / "DONE").exists(), done.stdout[-2000:] + done.stderr[-6000:]
-    return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in NAMES}
+def result_of(run_ranks, tmp_path_factory):
+    """`result_of(name)`: what that run gave. The slow runs are one launch, the others another."""
+
+    @functools.cache
+    def launch(slow):
+        folder = tmp_path_factory.mktemp("ema")
+        runs = [run for run in RUNS if (run["name"] in SLOW) == slow]
+        (folder / "spec.json").write_text(json.dumps({"runs": runs}))
+        done = run_ranks(WORKER, folder / "spec.json", folder)
+        assert (folder / "DONE").exists(), done.stdout[-2000:] + done.stderr[-6000:]
+        return {run["name"]: torch.load(folder / f"{run['name']}.pt", weights_only=False) for run in runs}
+
+    return lambda name: launch(name in SLOW)[name]
 
 
 def is_frozen(name, key):
@@ -42,18 +51,18 @@ def is_frozen(name, key):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_the_average_of_the_gathered_weights(results, name):
-    for found in results[name]["inside"].values():
+def test_it_is_the_average_of_the_gathered_weights(result_of, name):
+    for found in result_of(name)["inside"].values():
         for key, expected in found["expected"].items():
             assert not is_frozen(name, key) or expected.numel() == 0  # no optimizer holds it
             torch.testing.assert_close(found["masters"][key].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_model_is_made_of_the_averages_inside(results, name):
+def test_the_model_is_made_of_the_averages_inside(result_of, name):
     """Every parameter is the average in the model's dtype; the logits are those of a plain model with these weights."""
     run = DEFAULTS | next(run for run in RUNS if run["name"] == name)
-    for found in results[name]["inside"].values():
+    for found in result_of(name)["inside"].values():
         model = build_model(run)
         for key, master in found["masters"].items():
             master = model.state_dict()[key] if is_frozen(name, key) else master
@@ -70,22 +79,22 @@ def test_the_model_is_made_of_the_averages_inside(results, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("check", ["exact", "same_trajectory", "resumed"])
-def test_to_the_bit_on_every_rank(results, name, check):
-    assert [checks[check] for checks in results[name]["checks"]] == [True, True]
+def test_to_the_bit_on_every_rank(result_of, name, check):
+    assert [checks[check] for checks in result_of(name)["checks"]] == [True, True]
 
 
-def test_a_skipped_step_is_not_in_it(results):
-    assert results["zero3"]["updates"] == 4 and results["zero2"]["updates"] == 5
-    assert results["zero3"]["decays"] == [pytest.approx(2 / 11), None, 0.25, 0.3, 0.3]
+def test_a_skipped_step_is_not_in_it(result_of):
+    assert result_of("zero3")["updates"] == 4 and result_of("zero2")["updates"] == 5
+    assert result_of("zero3")["decays"] == [pytest.approx(2 / 11), None, 0.25, 0.3, 0.3]
 
 
-def test_each_rank_keeps_its_partition_only(results):
+def test_each_rank_keeps_its_partition_only(result_of):
     total = sum(parameter.numel() for parameter in build_model(DEFAULTS).parameters())
-    for checks in results["zero3"]["checks"]:
+    for checks in result_of("zero3")["checks"]:
         assert total / 2 <= checks["elements"] < total / 2 + 1000  # and padding
 
 
-def test_inside_nothing_is_trained_or_saved(results):
-    refused = results["zero2"]["inside"][5]["refused"]
+def test_inside_nothing_is_trained_or_saved(result_of):
+    refused = result_of("zero2")["inside"][5]["refused"]
     assert [text.split(" is not possible inside averaged_weights()")[0] for text in refused] == [
         "a training step", "save_checkpoint", "load_checkpoint"]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,14 @@ def test_a_precision_that_is_no_object(base, tmp_path, value):
     (tmp_path / "ds.json").write_text(json.dumps(config))
     command = parse_command(words({**base, "--deepspeed": tmp_path / "ds.json"}))
     assert command.ds_config["bf16"] == value  # left to DeepSpeed, which says what it thinks of it
+
+
+@pytest.mark.parametrize(("ema", "expected"), [
+    ({"start_step": 20}, "stability.ema.start_step: 20 is not allowed in a run of 20 steps"),
+    ({"decay": 1}, "stability.ema.decay: 1 is not allowed"),
+])  # fmt: skip
+def test_an_average_of_the_weights_that_cannot_be(base, tmp_path, ema, expected):
+    config = json.loads(Path(ZERO3).read_text()) | {"stability": {"ema": ema}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=re.escape(expected)):
+        parse_command(words({**base, "--deepspeed": str(tmp_path / "ds.json"), "--max_steps": "20"}))

@@ -154,6 +154,14 @@ def test_wrong_keys_are_one_line(block, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_average_that_would_never_begin_is_refused():
+    config = StabilityConfig.parse({"ema": {"start_step": 100}})
+    config.require_average(101)
+    StabilityConfig().require_average(1)
+    with pytest.raises(StabilityConfigError, match=r"^stability.ema.start_step: 100 is not allowed in a run of 100 steps; must be below"):
+        config.require_average(100)
+
+
 def test_settings_without_masters_are_refused():
     config = StabilityConfig.parse({"ema": {}})
     problems = {name: unsupported(ds, config) for name, ds in {
