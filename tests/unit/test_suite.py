@@ -28,7 +28,8 @@ def test_a_shipped_suite_is_valid_and_survives_a_round_trip(name):
     assert suite.name == name
     again = Suite.parse(suite.to_dict())
     assert again == suite and again.fingerprint() == suite.fingerprint()
-    assert list(suite.parsed_decodings()) == ["greedy", "sample", "top_p_95", "top_k_40", "beam_4"]
+    decodings = ["greedy", "sample", "top_p_95", "top_k_40", "beam_4"]
+    assert list(suite.parsed_decodings()) == (decodings[:2] if name == "cures" else decodings)
 
 
 def test_fingerprint_follows_content_and_not_the_name():
