@@ -8,6 +8,8 @@ own normalization need not be known.
 
 import torch
 
+from ds_stability.norms import squares, total
+
 
 class MicroGradientMeter:
     """Sums over micro-batches: |gradient of the mean token loss|^2 times tokens, and the coefficient behind the reduced one.
@@ -18,7 +20,7 @@ class MicroGradientMeter:
 
     def __init__(self, module: torch.nn.Module, device: torch.device, world_size: int):
         self.device, self.world_size = device, world_size
-        self.norms: list[torch.Tensor] = []
+        self.squares: list[torch.Tensor] = []
         self.scale = self.tokens = None
         self.handles = [p.register_hook(self._tap) for p in module.parameters() if p.requires_grad]
         self.clear()
@@ -36,13 +38,13 @@ class MicroGradientMeter:
 
     def _tap(self, grad: torch.Tensor) -> None:
         if self.scale is not None:
-            self.norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            self.squares += squares(grad)
 
     def close(self) -> None:
         """Fold the finished micro-batch into the sums."""
-        if self.scale is not None and self.norms:
-            squared = torch.stack(self.norms).double().square().sum().to(self.device)
+        if self.scale is not None and self.squares:
+            squared = total(self.squares).to(self.device)
             some = self.scale > 0  # a micro-batch without supervised tokens has no gradient of its own
             micro = torch.where(some, self.tokens.to(self.device) * squared / self.scale.square(), 0.0)
             self.sums += torch.stack([micro, some.double(), self.scale / self.world_size])
-        self.norms, self.scale = [], None
+        self.squares, self.scale = [], None

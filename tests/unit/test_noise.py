@@ -101,7 +101,7 @@ def test_backward_passes_that_are_not_the_losss_are_not_counted():
     before = meter.sums.clone()
     model(make_micro(1, 0)[0]).square().mean().backward()  # somebody else's, after the step was closed
     meter.close()
-    assert torch.equal(meter.sums, before) and meter.norms == []
+    assert torch.equal(meter.sums, before) and meter.squares == []
 
 
 def test_terms_agree_with_the_gradient_of_the_whole_batch():
