@@ -77,7 +77,7 @@ class Blocks:
 
     def gradient(self) -> torch.Tensor:
         """[V, D]; no view, which would keep autograd from adding to it in place."""
-        return self.buffer.new_empty(0).set_(self.buffer.untyped_storage(), 0, (self.vocab, self.hidden))
+        return self.buffer.new_empty(0).set_(self.buffer, 0, (self.vocab, self.hidden), (self.hidden, 1))
 
 
 class Pass:
