@@ -27,13 +27,16 @@ import torch
 from ds_stability.linear_pass import Pass
 from ds_stability.linear_spec import LossSpec, Tokens
 
+#: Unsupervised tokens are left out where no more than this share is supervised: matrix products like round numbers of rows.
+WORTH = 0.9
+
 
 def _supervised_rows(mask_N: torch.Tensor) -> torch.Tensor | None:
-    """Indices of the supervised tokens where the others can be left out: on an accelerator their number is a host sync."""
+    """Indices of the supervised tokens where the others are worth leaving out: on an accelerator their number is a host sync."""
     if mask_N.device.type != "cpu":
         return None
     rows = mask_N.nonzero().squeeze(1)
-    return rows if len(rows) < len(mask_N) else None
+    return rows if len(rows) <= WORTH * len(mask_N) else None
 
 
 def _permute(permute: Callable, weight_M: torch.Tensor, mask_N: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
