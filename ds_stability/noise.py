@@ -22,8 +22,16 @@ class MicroGradientMeter:
         self.device, self.world_size = device, world_size
         self.squares: list[torch.Tensor] = []
         self.scale = self.tokens = None
-        self.handles = [p.register_hook(self._tap) for p in module.parameters() if p.requires_grad]
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.handles: list = []
         self.clear()
+
+    def listen(self, wanted: bool) -> None:
+        """Whether the coming backward passes are measured: without hooks a step that is not costs nothing."""
+        if wanted and not self.handles:
+            self.handles = [p.register_hook(self._tap) for p in self.parameters]
+        while not wanted and self.handles:
+            self.handles.pop().remove()
 
     def clear(self) -> None:
         """(micro_grad_sq, micro_batches, coefficient), fp64 [3]."""

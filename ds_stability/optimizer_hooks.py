@@ -12,8 +12,9 @@ from ds_stability.norms import products, squared_norm
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.regularization import Regularization
 
-#: Elements of a piece of the parameters whose AdamW update is computed again.
-PIECE = 2**20
+#: Elements of a piece of the parameters whose AdamW update is computed again; on a CPU what stays in the cache.
+PIECE = {"cpu": 2**17}
+PIECE_DEFAULT = 2**20
 
 
 class UpdateMeter:
@@ -67,8 +68,9 @@ def adamw_norms(parameter: torch.Tensor, state: dict, group: dict) -> torch.Tens
     step = state["step"].double().to(parameter.device, non_blocking=True)
     rate, root = group["lr"] / (1.0 - beta1**step), (1.0 - beta2**step).sqrt()
     norms = torch.zeros(2, dtype=torch.float64, device=parameter.device)
-    for start in range(0, parameter.numel(), PIECE):
-        after, mean, square = (t.view(-1)[start : start + PIECE] for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+    size = PIECE.get(parameter.device.type, PIECE_DEFAULT)
+    for start in range(0, parameter.numel(), size):
+        after, mean, square = (t.view(-1)[start : start + size] for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
         update = square.sqrt().div_(root).add_(group["eps"]).reciprocal_().mul_(mean).mul_(rate)
         before = (after + update).div_(1.0 - decay)
         update.add_(before, alpha=decay)

@@ -181,7 +181,9 @@ class Stability:
         self.own_text = self.preparation is not None and self.preparation.on_own_text(self.engine.global_steps)
         self.loss.measure &= not self.own_text
         # The noise scale needs the tokens' statistics; without them its norms, a pass over all gradients, would be for nothing.
-        self.loss.on_backward = self.noise.start if self.noise is not None and self.loss.measure else None
+        if self.noise is not None:
+            self.noise.listen(self.loss.measure)
+            self.loss.on_backward = self.noise.start if self.loss.measure else None
 
     def before_forward(self, inputs: dict) -> dict:
         """The keyword arguments with which a training forward is to run; called with those that it was given."""

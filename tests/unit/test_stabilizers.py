@@ -309,7 +309,7 @@ def test_hooks_step_along_the_mean_and_pull_to_the_initial_weights():
 @pytest.mark.parametrize("kind", ["adamw", "fused", "amsgrad", "sgd"])
 def test_the_update_of_adamw_is_known_without_a_copy_of_the_parameters(monkeypatch, kind, decay):
     """Against the parameters before and after each step; other optimizers are measured by a copy."""
-    monkeypatch.setattr(optimizer_hooks, "PIECE", 2)
+    monkeypatch.setattr(optimizer_hooks, "PIECE", {"cpu": 2})
     parameters, _ = make_run(2)
     make = {"adamw": torch.optim.AdamW, "fused": functools.partial(torch.optim.AdamW, fused=True), "sgd": torch.optim.SGD,
             "amsgrad": functools.partial(torch.optim.AdamW, amsgrad=True)}[kind]  # fmt: skip
