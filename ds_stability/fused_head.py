@@ -17,7 +17,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, ModelOutput
 
 from ds_stability.errors import StabilityConfigError
-from ds_stability.linear_loss import LogitTransform, LossSpec, linear_loss
+from ds_stability.linear_loss import linear_loss
+from ds_stability.linear_spec import LogitTransform, LossSpec
 from ds_stability.loss import IGNORE_INDEX, StabilityLoss
 
 SLOPE_AT = 2.0**-10  # where softcap * tanh(x / softcap) is x to fp32 rounding, for caps above 1

@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ds_stability.errors import StabilityConfigError
 from ds_stability.layout import clear_padding, partition_layout
+from ds_stability.norms import squared_norm
 
 
 class ReducedGradients:
@@ -40,6 +41,19 @@ class ReducedGradients:
     def tensors(self) -> Iterator[list[torch.Tensor]]:
         """Lists of gradient tensors, one list per optimizer group; any float dtype, still times `loss_scale`."""
         yield [p.grad for p in self.engine.module.parameters() if p.requires_grad and p.grad is not None]
+
+    def squared_norm(self, device: torch.device) -> torch.Tensor:
+        """This rank's share of |reduced gradient|^2, loss scale divided out: the sum over ranks is the whole. fp64 on `device`."""
+        found = torch.zeros((), dtype=torch.float64, device=device)
+        for tensors in self.tensors():
+            if tensors:
+                found += squared_norm(tensors).to(device, non_blocking=True)
+        return found / (self.loss_scale**2 * self.replicas)
+
+    @contextmanager
+    def norm_known(self, squared: float) -> Iterator[None]:
+        """DeepSpeed's step may take this |reduced gradient|^2 (of all ranks, loss scale divided out) for its own."""
+        yield
 
     @property
     def loss_scale(self) -> float:
@@ -128,10 +142,17 @@ class Zero12Gradients(ReducedGradients):
 
 
 class Zero3Gradients(ReducedGradients):
-    """ZeRO stage 3, with and without optimizer or parameter offload to CPU."""
+    """ZeRO stage 3, with and without optimizer or parameter offload to CPU.
 
-    def __init__(self, engine):
+    The norm is taken once in a step: DeepSpeed's own costs a copy of the gradient partition in fp64 and an all-reduce. With `exact`
+    it is DeepSpeed's, taken a moment earlier and kept for its step, which stays as it is to the bit. Else DeepSpeed gets ours.
+    """
+
+    def __init__(self, engine, exact: bool):
         super().__init__(engine)
+        # After an overflow in fp16 DeepSpeed takes no norm: to ask for one would be a collective more.
+        self.exact, self.shared = exact, not (exact and self.optimizer.dtype == torch.float16)
+        self.norm_groups: list[torch.Tensor] = []
         self.replicas = 1
         if self.optimizer.swap_optimizer:
             raise StabilityConfigError(
@@ -159,9 +180,30 @@ class Zero3Gradients(ReducedGradients):
         backup = [self.optimizer.backup_optimizer] if self.optimizer.partial_offload < 1.0 else []
         return [self.optimizer.optimizer, *backup]
 
+    def squared_norm(self, device):
+        if not (self.exact and self.shared):
+            return super().squared_norm(device)
+        self.norm_groups = self.optimizer._get_norm_groups()
+        norms = [torch.where(norm >= 0, norm, torch.nan).to(device).double() for norm in self.norm_groups]  # -1: not finite
+        return torch.stack(norms).square().sum() / (self.loss_scale**2 * self.engine.seq_dp_world_size)
+
     @contextmanager
+    def norm_known(self, squared):
+        if not self.shared:
+            yield
+            return
+        kept = self.norm_groups
+        if not self.exact:
+            kept = [torch.full((), squared**0.5 * self.loss_scale, dtype=torch.float64, device=self.optimizer.device)]
+        with self._norm_groups(lambda: kept):
+            yield
+
     def skipped(self):
-        groups, self.optimizer._get_norm_groups = self.optimizer._get_norm_groups, lambda: [_invalid_norm()]
+        return self._norm_groups(lambda: [_invalid_norm()])
+
+    @contextmanager
+    def _norm_groups(self, function):
+        groups, self.optimizer._get_norm_groups = self.optimizer._get_norm_groups, function
         try:
             yield
         finally:
@@ -186,8 +228,8 @@ class BF16Gradients(ReducedGradients):
         return [self.optimizer.optimizer]
 
 
-def reduced_gradients(engine) -> ReducedGradients:
-    """The view that fits the live `engine`.
+def reduced_gradients(engine, exact: bool = True) -> ReducedGradients:
+    """The view that fits the live `engine`. `exact`: its step stays as DeepSpeed makes it, to the bit.
 
     Raises:
         StabilityConfigError: the engine's optimizer is of a kind that has not been shown to work.
@@ -198,7 +240,7 @@ def reduced_gradients(engine) -> ReducedGradients:
     if "muon" in type(engine.basic_optimizer).__name__.lower():
         raise StabilityConfigError("the Muon optimizer does not work with ds_stability yet; use AdamW")
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
-        return Zero3Gradients(engine)
+        return Zero3Gradients(engine, exact)
     if type(optimizer) is DeepSpeedZeroOptimizer:
         return Zero12Gradients(engine)
     if type(optimizer) is BF16_Optimizer:
@@ -209,12 +251,6 @@ def reduced_gradients(engine) -> ReducedGradients:
         f"DeepSpeed built a {type(optimizer).__name__}, which ds_stability does not support; "
         "use ZeRO stages 0 to 3 without ZenFlow, SuperOffload or a pipeline"
     )
-
-
-def squared_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Sum of squares in fp32 or better, as an fp64 scalar on the tensors' device; no host sync."""
-    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)
-    return torch.stack(norms).double().square().sum()
 
 
 def _no_step(closure=None):

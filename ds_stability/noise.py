@@ -8,6 +8,8 @@ own normalization need not be known.
 
 import torch
 
+from ds_stability.norms import squares, total
+
 
 class MicroGradientMeter:
     """Sums over micro-batches: |gradient of the mean token loss|^2 times tokens, and the coefficient behind the reduced one.
@@ -18,10 +20,18 @@ class MicroGradientMeter:
 
     def __init__(self, module: torch.nn.Module, device: torch.device, world_size: int):
         self.device, self.world_size = device, world_size
-        self.norms: list[torch.Tensor] = []
+        self.squares: list[torch.Tensor] = []
         self.scale = self.tokens = None
-        self.handles = [p.register_hook(self._tap) for p in module.parameters() if p.requires_grad]
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.handles: list = []
         self.clear()
+
+    def listen(self, wanted: bool) -> None:
+        """Whether the coming backward passes are measured: without hooks a step that is not costs nothing."""
+        if wanted and not self.handles:
+            self.handles = [p.register_hook(self._tap) for p in self.parameters]
+        while not wanted and self.handles:
+            self.handles.pop().remove()
 
     def clear(self) -> None:
         """(micro_grad_sq, micro_batches, coefficient), fp64 [3]."""
@@ -36,13 +46,13 @@ class MicroGradientMeter:
 
     def _tap(self, grad: torch.Tensor) -> None:
         if self.scale is not None:
-            self.norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            self.squares += squares(grad)
 
     def close(self) -> None:
         """Fold the finished micro-batch into the sums."""
-        if self.scale is not None and self.norms:
-            squared = torch.stack(self.norms).double().square().sum().to(self.device)
+        if self.scale is not None and self.squares:
+            squared = total(self.squares).to(self.device)
             some = self.scale > 0  # a micro-batch without supervised tokens has no gradient of its own
             micro = torch.where(some, self.tokens.to(self.device) * squared / self.scale.square(), 0.0)
             self.sums += torch.stack([micro, some.double(), self.scale / self.world_size])
-        self.norms, self.scale = [], None
+        self.squares, self.scale = [], None

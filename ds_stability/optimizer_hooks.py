@@ -7,12 +7,14 @@ step. The gradient is changed here and nowhere else, never in a bf16 buffer.
 
 import torch
 
-from ds_stability.gradients import ReducedGradients, squared_norm
+from ds_stability.gradients import ReducedGradients
+from ds_stability.norms import products, squared_norm
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.regularization import Regularization
 
-#: Elements of a piece of the parameters whose AdamW update is computed again.
-PIECE = 2**20
+#: Elements of a piece of the parameters whose AdamW update is computed again; on a CPU what stays in the cache.
+PIECE = {"cpu": 2**17}
+PIECE_DEFAULT = 2**20
 
 
 class UpdateMeter:
@@ -66,8 +68,9 @@ def adamw_norms(parameter: torch.Tensor, state: dict, group: dict) -> torch.Tens
     step = state["step"].double().to(parameter.device, non_blocking=True)
     rate, root = group["lr"] / (1.0 - beta1**step), (1.0 - beta2**step).sqrt()
     norms = torch.zeros(2, dtype=torch.float64, device=parameter.device)
-    for start in range(0, parameter.numel(), PIECE):
-        after, mean, square = (t.view(-1)[start : start + PIECE] for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+    size = PIECE.get(parameter.device.type, PIECE_DEFAULT)
+    for start in range(0, parameter.numel(), size):
+        after, mean, square = (t.view(-1)[start : start + size] for t in (parameter, state["exp_avg"], state["exp_avg_sq"]))
         update = square.sqrt().div_(root).add_(group["eps"]).reciprocal_().mul_(mean).mul_(rate)
         before = (after + update).div_(1.0 - decay)
         update.add_(before, alpha=decay)
@@ -122,21 +125,21 @@ class OptimizerHooks:
                 if parameter.grad is not None and id(parameter) in self.index:
                     yield self.index[id(parameter)], parameter, group
 
-    def mean_products(self, vector: torch.Tensor) -> torch.Tensor:
-        """(<gradient, running mean>, |running mean|^2) of this rank's partitions, fp64 [2], loss scale divided out."""
-        products = torch.zeros(2, dtype=torch.float64, device=vector.device)
-        if self.averaging is None:
-            return products
+    def products(self, device: torch.device) -> torch.Tensor:
+        """This rank's share of |gradient|^2, <gradient, running mean> and |running mean|^2, fp64 [3], loss scale divided out."""
+        found = torch.zeros(3, dtype=torch.float64, device=device)
+        if self.averaging is None or not self.averaging.means:
+            found[0] = self.gradients.squared_norm(device)
+            return found
         scale = self.gradients.loss_scale
         for index, tensors in enumerate(self.gradients.tensors()):
-            mean, offset = self.averaging.means.get(index), 0
-            if mean is None:
+            if not tensors:
                 continue
-            dots = []
-            for grad in tensors:
-                part = mean.narrow(0, offset, grad.numel())
-                dots.append(torch.dot(grad.reshape(-1).float(), part.to(grad.device)).double())
-                offset += grad.numel()
-            products[0] += torch.stack(dots).sum().to(vector.device, non_blocking=True) / scale
-            products[1] += squared_norm([mean]).to(vector.device, non_blocking=True)
-        return products
+            if index not in self.averaging.means:  # of a part that has not been stepped yet
+                found[0] += squared_norm(tensors).to(device, non_blocking=True)
+                continue
+            found[:2] += products(tensors, self.averaging.means[index]).to(device, non_blocking=True)
+            found[2] += self.averaging.squared_mean(index).to(device, non_blocking=True)
+        found[0] /= scale**2
+        found[1] /= scale
+        return found

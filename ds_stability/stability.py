@@ -18,7 +18,7 @@ from ds_stability.controller import Setting
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
 from ds_stability.gathered import hook_ids
-from ds_stability.gradients import reduced_gradients, squared_norm
+from ds_stability.gradients import reduced_gradients
 from ds_stability.held_out import GovernorProbe
 from ds_stability.histogram import NUM_BINS
 from ds_stability.loss import StabilityLoss, cross_entropy
@@ -71,7 +71,7 @@ class Stability:
         require_equal(config.to_dict(), self.device, self.group, "stability block")
         model = causal_lm(engine.module)
         self.config = config.resolve(pretrained=has_pretrained_weights(model))
-        self.gradients = reduced_gradients(engine)
+        self.gradients = reduced_gradients(engine, exact=not self.config.active)
         require_masters(self.config, self.gradients.partitions())
         self.stabilizers = build_stabilizers(self.config, self.device, self.group)
         self.feedback, self.governance, self.clipping, self.averaging, self.regularization = map(self.stabilizers.get, NAMES)
@@ -181,7 +181,9 @@ class Stability:
         self.own_text = self.preparation is not None and self.preparation.on_own_text(self.engine.global_steps)
         self.loss.measure &= not self.own_text
         # The noise scale needs the tokens' statistics; without them its norms, a pass over all gradients, would be for nothing.
-        self.loss.on_backward = self.noise.start if self.noise is not None and self.loss.measure else None
+        if self.noise is not None:
+            self.noise.listen(self.loss.measure)
+            self.loss.on_backward = self.noise.start if self.loss.measure else None
 
     def before_forward(self, inputs: dict) -> dict:
         """The keyword arguments with which a training forward is to run; called with those that it was given."""
@@ -214,10 +216,7 @@ class Stability:
         """This rank's STEP_FIELDS, fp64; no host synchronization."""
         values = torch.zeros(len(STEP_FIELDS), dtype=torch.float64, device=self.device)
         scale = self.gradients.loss_scale
-        for tensors in self.gradients.tensors():
-            if tensors:
-                values[0] += squared_norm(tensors).to(self.device, non_blocking=True) / (scale**2 * self.gradients.replicas)
-        values[1:3] = self.hooks.mean_products(values)
+        values[:3] = self.hooks.products(self.device)
         if self.noise is not None:
             self.noise.close()
             values[3:6] = self.noise.sums
@@ -238,6 +237,7 @@ class Stability:
         threshold = self.clipping.threshold if self.clipping is not None else None
         with ExitStack() as stack:
             stack.enter_context(self.gradients.clipped_at(threshold))
+            stack.enter_context(self.gradients.norm_known(sums["grad_sq"]))
             if not sums.finite:
                 stack.enter_context(self.gradients.skipped())
             yield

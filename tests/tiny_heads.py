@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ds_stability.controller import Setting
 from ds_stability.fused_head import FusedHead
-from ds_stability.linear_loss import LogitTransform
+from ds_stability.linear_spec import LogitTransform
 from ds_stability.loss import StabilityLoss
 
 SETTING = Setting(gain=1.3, mu=3.0, sigma=0.9, mean_weight=1.7)

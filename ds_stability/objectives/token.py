@@ -5,6 +5,8 @@ A logit of -inf (a padded vocabulary) is a probability of 0: it adds nothing, an
 probability 0 has an infinite loss, which the engine sees and skips.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -13,13 +15,33 @@ from ds_stability.loss import Objective, cross_entropy
 TINY = 1e-30  # keeps the powers of 1 - p below 1 finite at p = 1, where what they multiply is 0
 
 
+@dataclass(frozen=True)
+class ClosedForm:
+    """(1 - e) CE + e U + z (log Z)^2: the objectives whose gradient in the logits the linear loss writes down by itself.
+
+    U is the mean over the possible tokens of -log p (label smoothing, Szegedy et al. 2016, arXiv 1512.00567, section 7), the last
+    term PaLM's z-loss (arXiv 2204.02311, section 5). d / d logit_j = (1 + 2 z log Z) p_j - (1 - e) [j is the label] - e / possible
+    tokens. Called, it is an objective like every other, which autograd differentiates.
+    """
+
+    smoothing: float = 0.0
+    z: float = 0.0
+
+    def __call__(self, logits_CV, labels_C):
+        loss_C = smoothed(cross_entropy(logits_CV, labels_C), logits_CV, self.smoothing)
+        return loss_C + self.z * torch.logsumexp(logits_CV, dim=-1).square() if self.z else loss_C
+
+
+def closed_form(objective: Objective) -> ClosedForm | None:
+    """The objective as a `ClosedForm`, or None where it is none."""
+    if objective is cross_entropy:
+        return ClosedForm()
+    return objective if isinstance(objective, ClosedForm) else None
+
+
 def label_smoothing(smoothing: float) -> Objective:
     """(1 - e) CE + e * mean over the vocabulary of -log p (Szegedy et al. 2016, arXiv 1512.00567, section 7)."""
-
-    def objective(logits_CV, labels_C):
-        return smoothed(cross_entropy(logits_CV, labels_C), logits_CV, smoothing)
-
-    return objective
+    return ClosedForm(smoothing=smoothing)
 
 
 def smoothed(loss_C: torch.Tensor, logits_CV: torch.Tensor, smoothing: float) -> torch.Tensor:

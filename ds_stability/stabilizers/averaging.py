@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from ds_stability.norms import pieces, squares, total
+
 
 class Averaging:
     """Running mean of the gradient, one flat fp32 tensor per optimizer partition."""
@@ -18,6 +20,7 @@ class Averaging:
         self.level_at, self.beta_max = level_at, beta_max
         self.beta, self.weight = 0.0, 0.0
         self.means: dict[int, torch.Tensor] = {}  # partition index -> mean, as the hooks fill it
+        self.squared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # partition index -> that mean, its squared norm
 
     def prepare(self, step, loss):
         self.beta = self.beta_max * self.level_at(step)
@@ -31,8 +34,22 @@ class Averaging:
         mean = self.means.get(index)
         if mean is None:
             mean = self.means[index] = torch.zeros_like(grad)
-        mean.mul_(self.beta).add_(grad, alpha=1.0 - self.beta)
-        torch.div(mean, self.coming_weight, out=grad)
+        found = []
+        for mean_P, grad_P in pieces(mean, grad):  # one pass over memory: a piece stays in the cache
+            if self.beta > 0.0:
+                torch.div(mean_P.lerp_(grad_P, 1.0 - self.beta), self.coming_weight, out=grad_P)
+            else:
+                mean_P.copy_(grad_P)
+            found += squares(mean_P)
+        self.squared[index] = (mean, total(found))
+
+    def squared_mean(self, index: int) -> torch.Tensor:
+        """|running mean|^2 of a partition, fp64 scalar on its device: known since `apply`, unless the mean has been loaded."""
+        mean = self.means[index]
+        known = self.squared.get(index)
+        if known is None or known[0] is not mean:
+            self.squared[index] = (mean, total(scalar for (mean_P,) in pieces(mean) for scalar in squares(mean_P)))
+        return self.squared[index][1]
 
     def update(self, sums):
         self.weight = self.coming_weight

@@ -1,7 +1,7 @@
 """Clipping: an adaptive threshold on the global gradient norm, from the norms of earlier applied steps.
 
 In the spirit of ZClip (arXiv 2504.02507). The threshold is mu + k sigma of the *raw* log norm, so that clipping does not
-feed on its own output. DeepSpeed clips with it: it reuses the norm that DeepSpeed computes, and costs no pass of its own.
+feed on its own output. DeepSpeed clips with it, by the norm that every step has anyway: it costs no pass of its own.
 """
 
 import math

@@ -11,11 +11,14 @@ from collections.abc import Callable
 import torch
 
 from ds_stability.loss import Objective, RowObjective, cross_entropy
-from ds_stability.objectives.token import label_smoothing, smoothed
+from ds_stability.objectives.token import ClosedForm, closed_form, smoothed
 
 
 def z_loss_objective(coefficient: float, base: Objective = cross_entropy) -> Objective:
-    """The base objective + coefficient * logsumexp(logits)^2, per token."""
+    """The base objective + coefficient * logsumexp(logits)^2, per token; a `ClosedForm` where the base is one."""
+    form = closed_form(base)
+    if form is not None:
+        return ClosedForm(form.smoothing, form.z + coefficient)
 
     def objective(logits_CV, labels_C):
         log_partition_C = torch.logsumexp(logits_CV, dim=-1)
@@ -25,9 +28,10 @@ def z_loss_objective(coefficient: float, base: Objective = cross_entropy) -> Obj
 
 
 def label_smoothing_objective(coefficient: float, base: Objective = cross_entropy) -> Objective:
-    """(1 - coefficient) times the base objective + coefficient * uniform cross-entropy, per token."""
-    if base is cross_entropy:
-        return label_smoothing(coefficient)
+    """(1 - coefficient) times the base objective + coefficient * uniform cross-entropy, per token; as above."""
+    form = closed_form(base)
+    if form is not None:
+        return ClosedForm(coefficient + (1.0 - coefficient) * form.smoothing, (1.0 - coefficient) * form.z)
     return lambda logits_CV, labels_C: smoothed(base(logits_CV, labels_C), logits_CV, coefficient)
 
 

@@ -5,7 +5,8 @@ import torch
 
 from ds_stability.controller import Setting
 from ds_stability.fused_head import FusedHead
-from ds_stability.linear_loss import LossSpec, linear_loss
+from ds_stability.linear_loss import linear_loss
+from ds_stability.linear_spec import LossSpec
 from ds_stability.loss import StabilityLoss, TokenAccumulator, token_statistics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

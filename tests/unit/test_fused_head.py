@@ -306,6 +306,7 @@ def test_nothing_is_asked_of_the_device_in_forward_and_backward(monkeypatch, pat
     loss = install(model, path == "linear", setting=Setting(1.3, 3.0, 0.9, 1.7, entropy_bonus=0.4))
     loss.chunked = path != "stock"
     meter = MicroGradientMeter(model, torch.device("cpu"), 1)
+    meter.listen(True)
     loss.on_backward = meter.start
     ids, labels = make_ids()
     places = []

@@ -10,16 +10,20 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_stability import linear_loss as module
+from ds_stability import linear_loss as loss_module
+from ds_stability import linear_pass as module
 from ds_stability.controller import Setting
-from ds_stability.linear_loss import LogitTransform, LossSpec, linear_loss
+from ds_stability.linear_loss import linear_loss
+from ds_stability.linear_spec import LogitTransform, LossSpec
 from ds_stability.loss import cross_entropy
+from ds_stability.objectives.token import focal
 from ds_stability.stabilizers.regularization import label_smoothing_objective, z_loss_objective
 
 TOKENS, HIDDEN, VOCAB = 23, 12, 37
 SETTING = Setting(gain=1.3, mu=3.0, sigma=0.9, mean_weight=1.7)
 CHUNKS = [1, 5, TOKENS, 1000, None]
-OBJECTIVES = {"cross_entropy": cross_entropy, "z_loss": z_loss_objective(0.3), "smoothing": label_smoothing_objective(0.2)}
+OBJECTIVES = {"cross_entropy": cross_entropy, "z_loss": z_loss_objective(0.3), "smoothing": label_smoothing_objective(0.2),
+              "both": z_loss_objective(0.3, label_smoothing_objective(0.2)), "focal": focal(2.0)}  # fmt: skip
 TRANSFORMS = {"plain": LogitTransform(), "scaled": LogitTransform(0.125), "capped": LogitTransform(1.0, 3.0),
               "both": LogitTransform(0.5, 2.0)}  # fmt: skip
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -103,14 +107,53 @@ def test_loss_gradients_and_statistics_are_the_law(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize(("chunk", "work"), [(5, 2**18), (None, 3 * VOCAB), (None, 2**18)])
-def test_half_precision_to_its_rounding(monkeypatch, dtype, transform, chunk, work):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("chunk", "work", "words"), [(5, 2**18, 4096), (None, 3 * VOCAB, 4096), (None, 2**18, 5)])
+def test_half_precision_to_its_rounding(monkeypatch, dtype, transform, objective, chunk, work, words):
+    """Tiles computed once more, and all logits in one block or in eight."""
     monkeypatch.setattr(module, "WORK_ELEMENTS", {"cpu": work})
-    spec = LossSpec(SETTING, transform=TRANSFORMS[transform], chunk_size=chunk, entropy_coefficient=0.1)
-    check(spec, 2, dtype=dtype, upstream=64.0)
+    monkeypatch.setattr(module, "BLOCK_WORDS", words)
+    for entropy in (0.0, 0.1):
+        spec = LossSpec(SETTING, OBJECTIVES[objective], entropy, TRANSFORMS[transform], chunk_size=chunk)
+        check(spec, 2, dtype=dtype, upstream=64.0)
 
 
-@pytest.mark.parametrize("objective", ["cross_entropy", "z_loss"])
+@pytest.mark.parametrize("tokens", [1, 2, HIDDEN - 1, HIDDEN, HIDDEN + 1, 4 * HIDDEN])
+@pytest.mark.parametrize("words", [1, 5, 7, VOCAB - 1, VOCAB, 4096])
+def test_a_gradient_never_reaches_logits_that_are_still_needed(monkeypatch, tokens, words):
+    """And is the whole block of its own, from the start of the buffer."""
+    monkeypatch.setattr(module, "BLOCKS", VOCAB)
+    monkeypatch.setattr(module, "BLOCK_WORDS", words)
+    blocks = module.Blocks(tokens, VOCAB, HIDDEN)
+    blocks.allocate(torch.empty(0))
+    blocks.buffer.fill_(-1.0)
+    for number, (_, raw_NW) in enumerate(blocks):
+        raw_NW.fill_(float(number))
+    gradient_VD = blocks.gradient()
+    assert gradient_VD.shape == (VOCAB, HIDDEN) and gradient_VD._base is None
+    covered = 0
+    for number, (columns, raw_NW) in enumerate(blocks):
+        assert columns.start == covered and bool((raw_NW == number).all())
+        gradient_VD[columns].fill_(1000.0)
+        assert number > 0 or bool((raw_NW == 0).all())  # not even of the block at work
+        covered = columns.stop
+    assert covered == VOCAB and bool((gradient_VD == 1000.0).all())
+
+
+def test_all_logits_are_kept_only_where_that_takes_no_more_memory_than_a_chunk(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_WORDS", 5)
+    kept = {}
+    for tokens, chunk in ((HIDDEN, None), (HIDDEN, 3), (8 * HIDDEN, 3), (8 * HIDDEN, None)):
+        hidden, weight, bias, _ = make_head(0, torch.bfloat16, tokens=tokens)
+        work = module.Pass(hidden.detach(), weight.detach(), bias.detach(), (True, True, True), LossSpec(chunk_size=chunk))
+        kept[tokens, chunk] = work.blocks is not None
+        assert not kept[tokens, chunk] or work.blocks.elements <= weight.numel() + work.chunk * VOCAB
+        frozen = module.Pass(hidden.detach(), weight.detach(), None, (True, False, False), LossSpec())
+        assert frozen.blocks is None
+    assert kept == {(HIDDEN, None): True, (HIDDEN, 3): True, (8 * HIDDEN, 3): False, (8 * HIDDEN, None): True}
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "z_loss", "focal"])
 @pytest.mark.parametrize("transform", ["plain", "both"])
 def test_a_half_precision_head_is_summed_in_fp32(monkeypatch, transform, objective):
     """256 tiles of two tokens, 511 chunks: a bf16 running sum would stop growing. Blocks of 19 and 18 of the vocabulary."""
@@ -159,22 +202,26 @@ def test_gradcheck(transform, objective, entropy):
     assert torch.autograd.gradcheck(lambda *x: _Fresh.apply(spec, targets, *x), leaves, fast_mode=True)
 
 
-def test_a_padded_vocabulary_of_minus_infinity():
-    hidden, weight, bias, targets = make_head(6)
+@pytest.mark.parametrize("chunk", [4, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_padded_vocabulary_of_minus_infinity(objective, dtype, chunk):
+    hidden, weight, bias, targets = make_head(6, dtype)
+    tolerance, exact = ROUNDING[dtype], OBJECTIVES[objective]
     with torch.no_grad():
         bias[-5:] = -math.inf
         targets[targets >= VOCAB - 5] = 1
-    spec = LossSpec(SETTING, entropy_coefficient=0.3, high_frequency_V=torch.ones(VOCAB), chunk_size=4)
+    spec = LossSpec(SETTING, exact, entropy_coefficient=0.3, high_frequency_V=torch.ones(VOCAB), chunk_size=chunk)
     loss, _, tokens = linear_loss(hidden, weight, bias, targets, spec)
     padded = torch.autograd.grad(loss, (hidden, weight, bias))
     short = [hidden, weight[:-5].detach().requires_grad_(), bias[:-5].detach().requires_grad_()]
-    wanted_loss, wanted, statistics = oracle(*short, targets, LossSpec(SETTING, entropy_coefficient=0.3))
-    close(loss, wanted_loss, 1e-5)
-    close(tokens["entropy"][tokens.mask_N], statistics["entropy"], 1e-5)
-    close(tokens["high_frequency_mass"][tokens.mask_N], torch.ones(len(statistics["entropy"])), 1e-5)
-    close(padded[0], wanted[0], 1e-5)
+    wanted_loss, wanted, statistics = oracle(*short, targets, LossSpec(SETTING, exact, entropy_coefficient=0.3))
+    close(loss, wanted_loss, tolerance)
+    close(tokens["entropy"][tokens.mask_N], statistics["entropy"], tolerance)
+    close(tokens["high_frequency_mass"][tokens.mask_N], torch.ones(len(statistics["entropy"])), tolerance)
+    close(padded[0], wanted[0], 4 * tolerance)
     for found, exact in zip(padded[1:], wanted[1:], strict=True):
-        close(found[:-5], exact, 1e-5)
+        close(found[:-5], exact, 4 * tolerance)
         assert torch.equal(found[-5:], torch.zeros_like(found[-5:]))
 
 
@@ -240,7 +287,7 @@ def test_unsupervised_rows_cost_nothing_on_a_cpu_and_change_nothing(monkeypatch,
         return [loss, *torch.autograd.grad(loss, (hidden, weight, bias))], tokens
 
     left_out, few = run()
-    monkeypatch.setattr(module, "_supervised_rows", lambda mask_N: None)  # as on an accelerator
+    monkeypatch.setattr(loss_module, "_supervised_rows", lambda mask_N: None)  # as on an accelerator
     computed, all_of_them = run()
     assert few.mask_N.all() and len(few.mask_N) == int(all_of_them.mask_N.sum()) < TOKENS
     torch.testing.assert_close(few.values_KN, all_of_them.values_KN[:, all_of_them.mask_N], rtol=1e-5, atol=1e-5)

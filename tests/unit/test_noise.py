@@ -60,6 +60,7 @@ def run_step(micros, scales, items=None, chunked=False, world_size=1):
     loss = StabilityLoss(model, ForCausalLMLoss, chunked, "cpu")
     loss.setting = SETTING
     meter = MicroGradientMeter(model, torch.device("cpu"), world_size)
+    meter.listen(True)
     loss.on_backward = meter.start
     for (ids, labels), scale in zip(micros, scales, strict=True):
         (scale * loss(model(ids), labels, vocab_size=VOCAB, num_items_in_batch=items)).backward()
@@ -101,7 +102,7 @@ def test_backward_passes_that_are_not_the_losss_are_not_counted():
     before = meter.sums.clone()
     model(make_micro(1, 0)[0]).square().mean().backward()  # somebody else's, after the step was closed
     meter.close()
-    assert torch.equal(meter.sums, before) and meter.norms == []
+    assert torch.equal(meter.sums, before) and meter.squares == []
 
 
 def test_terms_agree_with_the_gradient_of_the_whole_batch():
@@ -121,9 +122,21 @@ def test_terms_agree_with_the_gradient_of_the_whole_batch():
     assert gradient_sq == pytest.approx((40 * big - 10 * small) / 30, rel=1e-3, abs=1e-6)
 
 
+def test_a_meter_that_does_not_listen_has_no_hooks():
+    model = torch.nn.Linear(3, 2)
+    meter = MicroGradientMeter(model, torch.device("cpu"), 1)
+    for wanted in (False, True, True, False, True):
+        meter.listen(wanted)
+        meter.start(torch.tensor(1.0), 1, torch.tensor(1))
+        model(torch.ones(1, 3)).sum().backward()
+        assert len(meter.handles) == len(meter.squares) == 2 * wanted
+        meter.close()
+
+
 def test_bfloat16_gradients_are_squared_in_fp32():
     model = torch.nn.Linear(4000, 1, bias=False).bfloat16()
     meter = MicroGradientMeter(model, torch.device("cpu"), 1)
+    meter.listen(True)
     value = model(torch.full((1, 4000), 0.01, dtype=torch.bfloat16)).float().sum()
     meter.start(torch.tensor(1.0), 1, torch.tensor(1))
     value.backward()

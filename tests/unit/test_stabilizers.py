@@ -16,6 +16,7 @@ from ds_stability.config import REGULARIZATION_MAX as DEFAULT_MAX
 from ds_stability.controller import FeedbackController
 from ds_stability.histogram import histogram
 from ds_stability.loss import StabilityLoss, cross_entropy
+from ds_stability.norms import squared_norm
 from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.stabilizers.averaging import Averaging
 from ds_stability.stabilizers.clipping import Clipping, threshold_deviations
@@ -247,6 +248,9 @@ class PlainGradients:
     def base_optimizers(self):
         return [self.optimizer]
 
+    def squared_norm(self, device):
+        return sum(squared_norm(tensors) for tensors in self.tensors()) / self.loss_scale**2
+
     def tensors(self):
         return ([piece * self.loss_scale for piece in p.grad.split(2)] for p in self.parameters)
 
@@ -281,9 +285,10 @@ def test_hooks_step_along_the_mean_and_pull_to_the_initial_weights():
         history.append(make_gradients(step))
         for index, p in enumerate(parameters):
             p.grad = history[-1][index].clone()
-        products = hooks.mean_products(torch.zeros(1))
+        products = hooks.products(torch.device("cpu"))
         means = [averaging.means.get(index, torch.zeros_like(p)) for index, p in enumerate(parameters)]
-        wanted = [sum(float(g @ m) for g, m in zip(history[-1], means, strict=True)), sum(float(m @ m) for m in means)]
+        wanted = [sum(float(a @ b) for a, b in zip(*pair, strict=True))
+                  for pair in ((history[-1], history[-1]), (history[-1], means), (means, means))]  # fmt: skip
         assert products.tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-7)
         before = [p.detach().clone() for p in plain]
         for index, (p, lr) in enumerate(zip(plain, (0.01, 0.003), strict=True)):
@@ -304,7 +309,7 @@ def test_hooks_step_along_the_mean_and_pull_to_the_initial_weights():
 @pytest.mark.parametrize("kind", ["adamw", "fused", "amsgrad", "sgd"])
 def test_the_update_of_adamw_is_known_without_a_copy_of_the_parameters(monkeypatch, kind, decay):
     """Against the parameters before and after each step; other optimizers are measured by a copy."""
-    monkeypatch.setattr(optimizer_hooks, "PIECE", 2)
+    monkeypatch.setattr(optimizer_hooks, "PIECE", {"cpu": 2})
     parameters, _ = make_run(2)
     make = {"adamw": torch.optim.AdamW, "fused": functools.partial(torch.optim.AdamW, fused=True), "sgd": torch.optim.SGD,
             "amsgrad": functools.partial(torch.optim.AdamW, amsgrad=True)}[kind]  # fmt: skip
@@ -334,7 +339,8 @@ def test_hooks_without_stabilizers_change_nothing_and_the_meter_can_be_off():
         for group in (parameters, plain):
             for p, g in zip(group, make_gradients(step), strict=True):
                 p.grad = g
-        assert hooks.mean_products(torch.zeros(1)).tolist() == [0.0, 0.0]
+        wanted = sum(float(p.grad.square().sum()) for p in parameters)
+        assert hooks.products(torch.device("cpu")).tolist() == [pytest.approx(wanted), 0.0, 0.0]
         optimizer.step()
         plain_optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(parameters, plain, strict=True)) and meter.sums.tolist() == [0.0, 0.0]
