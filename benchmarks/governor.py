@@ -121,15 +121,15 @@ def score(run: RunDir, seed: int, actuator: str | None, target: Any, plain: dict
 
 def governor_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(header, rows): every run of ours, then the prototype."""
-    header = ["run", "set point (x natural)", "entropy", "miss", "miss of the probe, last 100 steps", "CE", "CE over plain", "top-1 mass", "output", "seconds a step"]
+    header = ["run", "set point (x natural)", "entropy", "miss", "miss of the probe, last 100 steps", "CE", "CE over plain", "top-1 mass", "output"]
     body = []
     for row in rows:
         target = row["target"] if row["target"] in (None, "data") else f"{row['target']:.3f} ({row['over_natural']:.2f})"
         body.append([f"{row['actuator'] or 'plain'}, seed {row['seed']}", target or "-", common.number(row["entropy"]), percent(row["miss"]), percent(row.get("probe_miss")),
                      common.number(row["cross_entropy"]), percent(row["cost"]), common.number(row["top1_mass"]),
-                     common.number(row["output"]), common.number(row["seconds_mean"])])  # fmt: skip
+                     common.number(row["output"])])  # fmt: skip
     for over, reached, cost in PROTOTYPE:
-        body.append(["prototype", f"({over:.2f})", "-", percent(reached - 1), "-", "-", percent(cost - 1), "-", "-", "-"])
+        body.append(["prototype", f"({over:.2f})", "-", percent(reached - 1), "-", "-", percent(cost - 1), "-", "-"])
     return header, body
 
 
