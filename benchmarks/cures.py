@@ -189,10 +189,12 @@ def cures_table(result: Mapping[str, Any], columns: Sequence[str] | None = None)
     for row in result["rows"]:
         rate = "-" if row[RATE] is None else f"{row[RATE]:g}"
         rows.append([row["arm"].replace("_", " "), rate, *(headline.interval(row["figures"].get(name)) for name in shown)])
+        if QUALITY in shown:
+            rows[-1].append(headline.difference(row["figures"].get(QUALITY)))
     for name, figures in (("human text", result["human"]), ("chance", result["chance"])):
         if any(figures.get(column) is not None for column in shown):
-            rows.append([name, "-", *(common.number(figures.get(column)) for column in shown)])
-    return ["arm", "learning rate", *shown], rows
+            rows.append([name, "-", *(common.number(figures.get(column)) for column in shown), *["-"] * (QUALITY in shown)])
+    return ["arm", "learning rate", *shown, *["bits per byte beyond plain"] * (QUALITY in shown)], rows
 
 
 def sentences(result: Mapping[str, Any]) -> str:
