@@ -52,7 +52,8 @@ def test_metrics_have_one_line_a_step(run):
     rows = [json.loads(line) for line in lines]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     last = rows[-1]
-    others = {"stability/clipping_level", "stability/clip_threshold", "stability/regularization_coefficient", "stability/entropy_bonus"}
+    others = {"stability/clipping_level", "stability/clip_threshold", "stability/regularization_coefficient", "stability/entropy_bonus",
+              "stability/weight_average_decay"}  # fmt: skip
     expected = {key for key in TAGS if key.startswith("stability/") and not key.startswith("stability/governor_")}
     assert expected <= set(last) | others  # those of parts that this run has not
     assert last["eval/cross_entropy"] > 0 and last["probe/sample/entropy"] > 0 and last["learning_rate"] >= 0
