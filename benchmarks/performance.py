@@ -244,7 +244,7 @@ def case_result(case: plan.Case, found: dict[str, Any]) -> dict[str, Any]:
     timed, targets = found["time"], {arm: vars(target) for arm, target in case.targets.items()}
     not_run = timed["not_run"] | found["not_run"]
     arms: dict[str, Any] = {}
-    for arm in case.arms:
+    for arm in dict.fromkeys([*case.arms, *case.memory]):
         arms[arm] = {"not_run": not_run[arm]} if arm in not_run else {}
         if arm in timed["seconds"]:
             arms[arm] |= timed_arm(arm, timed)

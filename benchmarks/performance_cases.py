@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 PLAIN, TRL, LIGER = "plain DeepSpeed", "TRL, chunked loss", "Liger, fused loss"
+HEADLESS = "plain DeepSpeed without head and loss"  # its memory: what no loss can get below
 LEVEL_0, INTERVAL_10, LEVEL_5 = "level 0", "level 0, statistics.interval 10", "level 0.5"
 CHUNKED, ALL_FOUR = "level 0.5, loss_path chunked", "level 0.5, all four stabilizers"
 _AT_ONCE = {"warmup_steps": 0, "ramp_steps": 1}  # the level acts from the first steps on
@@ -25,6 +26,7 @@ ARMS: dict[str, dict[str, Any]] = {
     ALL_FOUR: {"loss": "own", "stability": {"level": 0.5, "controller": _AT_ONCE, "stabilizers": _FAMILIES}},
     TRL: {"loss": "trl", "stability": None},
     LIGER: {"loss": "liger", "stability": None},
+    HEADLESS: {"loss": "none", "stability": None},
 }
 REFERENCES = (TRL, LIGER)  # engines of others that an arm is compared with, beside plain DeepSpeed
 
@@ -40,7 +42,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """One model and batch. `model`: keys of LlamaConfig; `steps`: of a turn; `memory`: arms whose memory is measured."""
+    """One model and batch. `model`: keys of LlamaConfig; `arms`: those that take turns; `steps`: of a turn; `memory`: arms whose
+    memory is measured, each alone."""
 
     title: str
     model: Mapping[str, Any]
@@ -101,12 +104,13 @@ def cases(quick: bool = False) -> dict[str, Case]:
         "observe": Case(
             "tiny LLaMA, vocabulary 2,048, fp32", tiny(), False, 4, 128,
             {LEVEL_0: Target(1.10, 1.1), INTERVAL_10: Target(1.02), ALL_FOUR: Target(1.10, 1.1, copy=True)},
-            tuple(ARMS), (PLAIN, LEVEL_0, LEVEL_5, ALL_FOUR, TRL, LIGER), rounds=16,
+            (PLAIN, LEVEL_0, INTERVAL_10, LEVEL_5, CHUNKED, ALL_FOUR, TRL, LIGER),
+            (PLAIN, LEVEL_0, LEVEL_5, ALL_FOUR, TRL, LIGER), rounds=40,
         ),
         "smollm2": Case(
             "SmolLM2-135M, vocabulary 49,152, bf16",
             llama(49_152, 576, 30, 9, 3, 1536, tied=True), True, 2, 256,
-            {LEVEL_5: Target(1.0, 0.7), ALL_FOUR: Target(1.10, 0.7, copy=True)}, large, large,
+            {LEVEL_5: Target(1.0, 0.7), ALL_FOUR: Target(1.10, 0.7, copy=True)}, large, (*large, HEADLESS),
             rounds=8, steps=1, warmup_steps=2, profile_steps=1, memory_steps=2, step_seconds=4.0,
         ),
         "vocabulary": Case(
@@ -137,7 +141,7 @@ def growth(quick: bool = False, max_ranks: int = 4) -> dict[str, list[Point]]:
     def point(model: dict[str, Any], batch_size: int, block_size: int, steps: int) -> Case:
         tokens, words = batch_size * block_size, model["vocab_size"]
         seconds = 0.03 + tokens * words / 4e7 + tokens * block_size / 2e7 + parameters(model) / 1e8
-        return Case("", model, False, batch_size, block_size, {}, GROWTH_ARMS, rounds=20 if seconds < 0.1 else 10, steps=steps, warmup_steps=3,
+        return Case("", model, False, batch_size, block_size, {}, GROWTH_ARMS, rounds=24 if seconds < 0.1 else 12, steps=steps, warmup_steps=3,
                     profile_steps=0, step_seconds=seconds)  # fmt: skip
 
     if quick:

@@ -1,4 +1,7 @@
-"""The engines of benchmarks/performance.py: one model and batch, trained as plain DeepSpeed, ds_stability, TRL or Liger do it."""
+"""The engines of benchmarks/performance.py: one model and batch, trained as plain DeepSpeed, ds_stability, TRL or Liger do it.
+
+Shape suffixes: B batch, T tokens of a sequence, D hidden size.
+"""
 
 import json
 from typing import Any
@@ -7,6 +10,7 @@ import common
 import deepspeed
 import torch
 import torch.distributed as dist
+from transformers.modeling_outputs import CausalLMOutput
 
 import ds_stability
 from ds_stability.engine import StabilityMixin
@@ -19,7 +23,7 @@ class Trainer:
 
     Args:
         case: as `performance_cases.Case.spec` makes it.
-        arm: {"loss": "own", "trl" or "liger"; "stability": a block, or None for plain DeepSpeed}.
+        arm: {"loss": "own", "trl", "liger" or "none" (no head either); "stability": a block, or None for plain DeepSpeed}.
 
     Raises:
         ImportError: the arm's library is not installed.
@@ -34,6 +38,8 @@ class Trainer:
             self.inputs = {"fused_lm_head": True}
         elif arm["loss"] == "liger":
             use_liger_loss(model)
+        elif arm["loss"] == "none":
+            model = Headless(model)
         config = ds_config(case)
         arguments = {
             "model": model,
@@ -64,6 +70,23 @@ class Trainer:
         if self.loss_path is None or self.engine.stability.averaging is None:
             return 0
         return sum(mean.numel() * mean.element_size() for mean in self.engine.stability.averaging.means.values())
+
+    def moment_bytes(self) -> int:
+        """Bytes of what the base optimizer keeps for each parameter of this rank's partition; 0 before its first step."""
+        kept = [value for state in self.engine.basic_optimizer.state.values() for value in state.values()]
+        return sum(value.numel() * value.element_size() for value in kept if isinstance(value, torch.Tensor))
+
+
+class Headless(torch.nn.Module):
+    """A model without its head, trained on the mean square of its hidden states: what no loss can get below."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool) -> CausalLMOutput:
+        hidden_BTD = self.model(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+        return CausalLMOutput(loss=hidden_BTD.float().square().mean())
 
 
 def build_model(case: dict[str, Any]) -> torch.nn.Module:

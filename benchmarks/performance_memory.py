@@ -35,29 +35,30 @@ def measure(trainer: Trainer, steps: Callable[[int], None], count: int) -> dict[
     """Bytes on this rank: peak of `count` steps, its activation part, what was held before, the stated copy.
 
     peak: whole memory, of the accelerator or resident. activation: peak of torch's allocator less what is held after the
-    engine and its optimizer are built. resident_activation: the same by resident memory (0 on CUDA). copy: bytes of
-    the averaging's means, which are part of both.
+    engine and its optimizer are built, moments included, which torch makes in the first step. resident_activation: the same by
+    resident memory (0 on CUDA). copy: bytes of the averaging's means, which are part of both.
     """
     gc.collect()
     if trainer.engine.device.type == "cuda":
         return _on_cuda(trainer, steps, count)
-    before, held = live_bytes(), status_bytes("VmRSS")
+    before, held, moments = live_bytes(), status_bytes("VmRSS"), trainer.moment_bytes()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark (man 5 proc)
     steps(count)
     peak = status_bytes("VmHWM")
     gc.collect()
-    since_built = live_bytes() - before
-    return {"peak": peak, "held": held, "activation": since_built + peak_of_one_step(lambda: steps(1)),
-            "resident_activation": peak - held, "copy": trainer.copy_bytes()}  # fmt: skip
+    late = trainer.moment_bytes() - moments
+    since_built = live_bytes() - before - late
+    return {"peak": peak, "held": held + late, "activation": since_built + peak_of_one_step(lambda: steps(1)),
+            "resident_activation": peak - held - late, "copy": trainer.copy_bytes()}  # fmt: skip
 
 
 def _on_cuda(trainer: Trainer, steps: Callable[[int], None], count: int) -> dict[str, int]:
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
+    held, moments = torch.cuda.memory_allocated(), trainer.moment_bytes()
     torch.cuda.reset_peak_memory_stats()
     steps(count + 1)
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
+    peak, held = torch.cuda.max_memory_allocated(), held + trainer.moment_bytes() - moments
     return {
         "peak": peak,
         "held": held,

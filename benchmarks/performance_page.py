@@ -159,6 +159,8 @@ def time_table(case: Result) -> tuple[list[str], list[list[str]]]:
     ]
     rows = []
     for name, arm in case["arms"].items():
+        if name == plan.HEADLESS:  # not a training that could take turns with the others
+            continue
         if "seconds" not in arm:
             rows.append([name, "not run: " + arm.get("not_run", "not asked for"), *["-"] * 6])
             continue

@@ -14,7 +14,8 @@ NUM_BINS = 64
 MAX_EDGE = 24.0
 #: Inner bin edges in nats, shape [NUM_BINS - 1]; finer near 0, where a trained model has most of its tokens.
 EDGES = MAX_EDGE * (np.arange(1, NUM_BINS) / (NUM_BINS - 1)) ** 1.5
-GRID, REFINEMENTS = 129, 6  # points of a scan for the gain, and how often its interval is scanned again
+#: Points of the first scan for the gain, points of a later scan of the interval that was found, and how many of these there are.
+GRID, FINER, REFINEMENTS = 129, 33, 5
 Z_MAX = 3.0  # the law clips the standardized surprisal to [-Z_MAX, Z_MAX]
 
 
@@ -48,14 +49,12 @@ def variance_ratio(points: np.ndarray, masses: np.ndarray, gain: float, mu: floa
 
 
 def _variance_ratios(points: np.ndarray, masses: np.ndarray, gains: np.ndarray, mu: float, sigma: float) -> np.ndarray:
-    """`variance_ratio` for several gains [G] at once."""
-    plain = _variance(points, masses)
-    if plain <= 0.0:
-        return np.ones_like(gains)
+    """`variance_ratio` for several gains [G] at once; the points spread."""
+    centered = points - np.average(points, weights=masses)
     weights = masses * np.exp(-gains[:, None] * np.clip((points - mu) / sigma, -Z_MAX, Z_MAX))  # [G, P]
-    weights /= weights.sum(axis=1, keepdims=True)
-    means = weights @ points
-    return (weights * (points - means[:, None]) ** 2).sum(axis=1) / plain
+    sums = weights @ np.stack([np.ones_like(centered), centered, centered**2], axis=1)  # [G, 3]
+    means, squares = sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
+    return (squares - means**2) / np.average(centered**2, weights=masses)
 
 
 def mean_weight(points: np.ndarray, masses: np.ndarray, gain: float, mu: float, sigma: float) -> float:
@@ -75,14 +74,16 @@ def solve_gain(
     """
     if target >= 1.0:
         return 0.0, False
+    if _variance(points, masses) <= 0.0:
+        return gain_max, True
     low, high = 0.0, gain_max
-    for _ in range(REFINEMENTS):  # 8 / 128^6 is far below what the ratio can resolve
-        grid = np.linspace(low, high, GRID)
+    for number in range(1 + REFINEMENTS):  # 8 / 128 / 32^5 is far below what the ratio can resolve
+        grid = np.linspace(low, high, FINER if number else GRID)
         reached = _variance_ratios(points, masses, grid, mu, sigma) <= target
         falling = np.flatnonzero(reached[1:] & ~reached[:-1])
         if falling.size == 0:
-            # Before the first refinement: out of reach. After it: rounding, the crossing is at this resolution.
-            return (gain_max, True) if (low, high) == (0.0, gain_max) else (float(high), False)
+            # In the first scan: out of reach. Later: rounding, the crossing is at this resolution.
+            return (float(high), False) if number else (gain_max, True)
         low, high = grid[falling[-1]], grid[falling[-1] + 1]
     return float(high), False
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))  # plain scripts: their folde
 
 import performance  # noqa: E402
 import performance_cases as plan  # noqa: E402
+import performance_engines  # noqa: E402
 import performance_memory  # noqa: E402
 import performance_page as page  # noqa: E402
 import performance_stats as stats  # noqa: E402
@@ -168,6 +169,25 @@ def test_an_engine_without_a_block_has_no_loss_path_and_no_copy():
     assert trainer.loss_path is None and trainer.copy_bytes() == 0
 
 
+def test_moments_count_as_held_once_the_optimizer_has_them():
+    trainer, layer = object.__new__(performance_memory.Trainer), torch.nn.Linear(30, 4)
+    trainer.engine = layer
+    layer.basic_optimizer = torch.optim.AdamW(layer.parameters())
+    assert trainer.moment_bytes() == 0
+    layer(torch.ones(1, 30)).sum().backward()
+    layer.basic_optimizer.step()
+    assert trainer.moment_bytes() == 4 * (2 * 124 + 2)  # two moments of 124 numbers, a step count for weight and bias
+
+
+def test_headless_trains_the_layers_and_not_the_head():
+    case = {"model": plan.llama(64, 16, 1, 2, 1, 32, tied=False), "bf16": False}
+    model = performance_engines.Headless(performance_engines.build_model(case))
+    ids = torch.arange(8).view(1, 8)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert len(names) == len(list(model.parameters())) and not any("lm_head" in name for name in names)
+
+
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +195,8 @@ def test_every_target_of_the_cases_is_measured():
     from ds_stability.config import StabilityConfig
 
     for case in [*plan.cases().values(), *plan.cases(quick=True).values()]:
-        assert case.arms[0] == plan.PLAIN and set(case.targets) <= set(case.arms) and set(case.memory) <= set(case.arms)
+        assert case.arms[0] == plan.PLAIN and set(case.targets) <= set(case.arms)
+        assert set(case.memory) <= {*case.arms, plan.HEADLESS}
         if not case.title.startswith("smoke"):
             assert all(arm in case.memory for arm, target in case.targets.items() if target.activation is not None)
         json.dumps(case.spec())
