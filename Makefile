@@ -1,4 +1,5 @@
-# make demo: train a tiny model at five levels and draw the dose-response; make test: all tests but slow and gpu ones.
+# make demo: train a tiny model at five levels and draw the dose-response; make test: all tests but slow and gpu ones,
+# WORKERS=2 at a time (0: one process).
 # make reproduce-quick, make reproduce: the headline sweep, its evaluation and its report. TEXT=a.txt,b.txt trains on those
 # files instead of the built-in prose; a broken run is taken up where it stopped.
 # make bench: step time and memory relative to plain DeepSpeed, 25 minutes on two idle cores (docs/performance.md).
@@ -7,6 +8,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+WORKERS ?= 2
 RUN = $(VENV)/bin/python
 
 TEXT ?=
@@ -18,7 +20,7 @@ demo: $(VENV)/.ready
 	$(RUN) benchmarks/demo.py --output runs/demo
 
 test: $(VENV)/.ready
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow

@@ -1,14 +1,15 @@
 """Shared fixtures."""
 
+import fcntl
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,35 +29,43 @@ def remove_buffers(port: int) -> None:
         buffer.unlink(missing_ok=True)
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 COMPILE = """
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 CPUAdamBuilder().load(verbose=False), ShareMemCommBuilder().load(verbose=False)
 """
-NEEDS_RANKS = ("start_distributed", "run_ranks")
+# DeepSpeed decorates functions with torch.compile as it is imported, and nothing is ever compiled: without Inductor a rank
+# starts a second earlier.
+NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
+# Of the files that start processes the longest: begun first, so that no worker is left alone with one of them.
+LONGEST = ("test_checkpoints", "test_sweep", "test_resume", "test_probe", "test_faults", "test_trainer", "test_preemption", "test_examples",
+           "test_gone_wrong", "test_eval_run", "test_governor", "test_variance_ratio", "test_config_stops_early")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    """Unit tests first: meanwhile DeepSpeed's operators compile."""
-    items.sort(key=lambda item: "unit" not in item.path.parts)
+    """Unit tests first: meanwhile DeepSpeed's operators compile. Then the longest files, then the others."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ("unit" not in item.path.parts, place.get(item.path.stem, len(place))))
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory):
+    """A folder of this session, the same for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation(request, tmp_path_factory):
-    """DeepSpeed compiles its operators at their first use, for a minute: begun in the background where a test starts ranks.
+def compilation(request, session_folder):
+    """DeepSpeed compiles its operators at their first use, for a minute: begun in the background where a test needs them.
 
-    One folder per session, as ranks of several runs would wait for each other's lock. (folder, process or None).
+    One folder per session, as ranks of several runs would wait for each other's lock. Of several workers one compiles, and
+    torch's lock makes the others wait for it. (folder, process or None).
     """
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or str(tmp_path_factory.mktemp("torch_extensions"))
+    folder = os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(session_folder / "torch_extensions"))
     process = None
-    if any(name in NEEDS_RANKS for item in request.session.items for name in item.fixturenames):
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": folder}
+    if any("torch_extensions" in item.fixturenames for item in request.session.items):
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
         process = subprocess.Popen([sys.executable, "-c", COMPILE], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield folder, process
     if process is not None:
@@ -76,7 +85,7 @@ def rank_environment(extensions: str, more: dict[str, str] | None) -> dict[str, 
     """On CPU, with the compiled operators of this session."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": extensions, "PYTHONPATH": path,
-            **(more or {})}  # fmt: skip
+            **NO_COMPILER, **(more or {})}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -195,9 +204,14 @@ def trainings(run_ranks, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def fault_driver(tmp_path_factory):
-    """The fault driver (faults/driver.py) in a folder of this session: its undisturbed runs are made once for all tests."""
+def fault_driver(torch_extensions, session_folder):
+    """The fault driver (faults/driver.py) in a folder of this session: its undisturbed training is run once for all tests."""
     sys.path.insert(0, str(REPOSITORY / "tests" / "faults"))
     import driver
 
-    return driver.Driver(tmp_path_factory.mktemp("faults"))
+    made = driver.Driver(session_folder / "faults")
+    made.environment |= NO_COMPILER
+    with open(session_folder / "faults" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker trains, the other one reads
+        made.undisturbed("training")
+    return made

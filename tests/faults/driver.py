@@ -18,7 +18,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,10 +31,11 @@ from typing import Any
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY / "benchmarks")]
+sys.path[:0] = [str(Path(__file__).parent), str(REPOSITORY / "benchmarks"), str(REPOSITORY / "tests")]
 
 import fault_processes as processes  # noqa: E402
 from fault_runs import KINDS, Moment  # noqa: E402
+from ports import free_port  # noqa: E402
 
 from ds_stability.run_dir import git_revision, write_atomic, write_json_atomic  # noqa: E402
 
@@ -96,7 +96,7 @@ class Attempt:
 
     def __init__(self, run: Any, output: Path, log: Path, environment: dict[str, str], **changed: object):
         self.run, self.output, self.log, self.marker = run, output, log, uuid.uuid4().hex
-        self.port = _free_port()
+        self.port = free_port()
         self.process = processes.start(run.command(output, self.port, **changed), self.marker, log, environment)
 
     def wait_for(self, moment: Moment, rank: int = 0) -> psutil.Process | None:
@@ -316,12 +316,6 @@ def _session(process: Any) -> int | None:
         return os.getsid(process.pid)
     except ProcessLookupError:
         return None
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def line_of(record: dict[str, Any]) -> str:

@@ -17,11 +17,11 @@ from types import SimpleNamespace
 import pytest
 import slurm as throw_away
 import tiny
+from ports import free_port
 from tiny import SUITE, evaluation
 
 from ds_stability.errors import UserError
 from ds_stability.launchers import sweep_slurm
-from ds_stability.launchers.sweep_hosts import free_port
 from ds_stability.recorder import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]

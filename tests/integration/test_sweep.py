@@ -42,7 +42,7 @@ class Runner:
         (folder / "tiny.yaml").write_text(SWEEP, encoding="utf-8")
         self.folder, self.output = folder, folder / "runs" / "tiny"
         self.environment = {
-            **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
         self.launchers: set[int] = set()
@@ -93,7 +93,7 @@ class Runner:
 
 
 @pytest.fixture
-def runner(tmp_path):
+def runner(tmp_path, torch_extensions):
     runner = Runner(tmp_path)
     yield runner
     for launcher in runner.launchers:
