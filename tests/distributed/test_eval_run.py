@@ -65,8 +65,8 @@ def results(output, cell="cell"):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place, run_distributed):
-    done = run_distributed(SCRIPT, *arguments(place, place / "undisturbed"), ranks=2, timeout=120)
+def undisturbed(place, run_ranks):
+    done = run_ranks(SCRIPT, *arguments(place, place / "undisturbed"), ranks=2, timeout=120)
     assert (place / "undisturbed" / "cells" / "cell" / "DONE").exists(), done.stderr[-3000:]
     return results(place / "undisturbed")
 
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_with_one_rank_to_the_same_bytes(place, undisturbed
     assert results(output) == undisturbed
 
 
-@pytest.mark.parametrize("end", ["kill", "fail"])
+@pytest.mark.parametrize("end", ["kill", pytest.param("fail", marks=pytest.mark.slow)])
 def test_one_rank_that_dies_ends_the_run_and_loses_nothing(place, undisturbed, run_distributed, end):
     output = place / end
     environment = {"EVAL_RANK": "1", "EVAL_UNITS": "3", "EVAL_END": end}

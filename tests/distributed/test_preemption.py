@@ -1,7 +1,7 @@
 """SIGTERM and SIGUSR1, to one rank, to all, to the launcher, to the process group: the step is finished and saved, exit
 code 75, and the run that is started again is the undisturbed one to the bit.
 
-One run is stopped three times and started again each time, so that starts are shared.
+One run is stopped several times and started again each time, so that starts are shared.
 """
 
 import os
@@ -17,10 +17,10 @@ from ds_stability.run_dir import RunDir
 LAUNCHER, GROUP = "launcher", "group"
 CODES = {LAUNCHER: 1, GROUP: -signal.SIGTERM}  # of the runner; a rank's own code comes through when ranks are signalled
 CHAINS = {
-    "default": ((signal.SIGUSR1, (1,)), (signal.SIGTERM, (0, 1)), (signal.SIGTERM, GROUP)),
-    "other": ((signal.SIGTERM, (0,)), (signal.SIGUSR1, (0, 1)), (signal.SIGTERM, LAUNCHER)),
+    "default": ((signal.SIGUSR1, (1,)), (signal.SIGTERM, GROUP)),
+    "other": ((signal.SIGTERM, (0,)), (signal.SIGUSR1, (0, 1)), (signal.SIGTERM, LAUNCHER), (signal.SIGTERM, (0, 1))),
 }
-STEPS = (6, 13, 18)  # at which the signals come: none of them saves by itself
+STEPS = (6, 13, 18, 21)  # at which the signals come: none of them saves by itself
 
 
 def stop(driver_module, place, output, log, number, whom, step):
@@ -52,7 +52,7 @@ def chain(place, folder, signals):
 
     place.undisturbed("training")
     run, output, stops, kept = place.runs["training"], folder / "run", [], b""
-    for count, ((number, whom), step) in enumerate(zip(signals, STEPS, strict=True)):
+    for count, ((number, whom), step) in enumerate(zip(signals, STEPS, strict=False)):
         code, text = stop(driver, place, output, folder / f"{count}.log", number, whom, step)
         newest, path = RunDir(output).checkpoints()[-1]
         stops.append({"code": code, "text": text, "newest": newest, "fault": hash_fault(path), "asked": step,

@@ -28,9 +28,8 @@ def flags(folder, name, *more, layers=2):
             "--max_eval_samples", 8, "--output_dir", folder / name, *more)  # fmt: skip
 
 
-def train(run_distributed, folder, name, *more, layers=2, ranks=2):
-    return run_distributed(REPOSITORY / "launchers" / "train.py", *flags(folder, name, *more, layers=layers), ranks=ranks,
-                           timeout=TIMEOUT)  # fmt: skip
+def train(run_ranks, folder, name, *more, layers=2, ranks=2):
+    return run_ranks(REPOSITORY / "launchers" / "train.py", *flags(folder, name, *more, layers=layers), ranks=ranks, timeout=TIMEOUT)
 
 
 def last_step(run):
@@ -80,12 +79,12 @@ def killed(start_distributed, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pair(killed, run_distributed):
+def pair(killed, run_ranks):
     """(the run that was never interrupted, the resumed one)."""
     folder, resumed = killed
     whole = RunDir(folder / "whole")
     for run, more in ((whole, ()), (resumed, ("--resume_from_checkpoint", "true"))):
-        done = train(run_distributed, folder, run.path.name, *more)
+        done = train(run_ranks, folder, run.path.name, *more)
         assert run.done.exists(), done.stdout[-2000:] + done.stderr[-5000:]
     return whole, resumed
 
@@ -104,10 +103,10 @@ def lines(run):
         pytest.param("takes 8 blocks a step, this command 4", (), 2, 1, marks=pytest.mark.slow),
     ],
 )
-def test_another_run_is_not_continued(killed, run_distributed, words, more, layers, ranks):
+def test_another_run_is_not_continued(killed, run_ranks, words, more, layers, ranks):
     folder, run = killed
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-    done = train(run_distributed, folder, "killed", *more, "--resume_from_checkpoint", "true", layers=layers, ranks=ranks)
+    done = train(run_ranks, folder, "killed", *more, "--resume_from_checkpoint", "true", layers=layers, ranks=ranks)
     assert done.returncode == 2, done.stderr[-3000:]
     errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and words in errors[0] and str(run.path) in errors[0]

@@ -21,7 +21,7 @@ from ds_stability.data.readers import read_documents
 from ds_stability.data.tokenizer import train_bpe
 
 STEPS, VOCAB, BLOCK, MICRO = 232, 512, 64, 8  # 1,024 tokens a step on two ranks
-TRAINED_STEPS = 142
+FEWER = {"zero": 120, "trained": 142}  # steps of a run at level 0, and of one that goes on from its weights
 
 
 def build_model(arch, folder):
@@ -58,7 +58,7 @@ def train(arch, level, blocks, folder):
     engine = ds_stability.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).tolist()
     rows, position = [], dist.get_rank()
-    for _ in range(TRAINED_STEPS if arch == "trained" else STEPS):
+    for _ in range(FEWER.get("zero" if level == 0.0 else arch, STEPS)):
         chosen = []
         for _ in range(MICRO):
             chosen.append(blocks[order[position % len(order)]])

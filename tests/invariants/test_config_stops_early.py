@@ -14,7 +14,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["wrong key", "auto", pytest.param("out of range", marks=pytest.mark.slow)])
 def test_one_line_exit_code_2(request, tmp_path, case):
     block, shown, fixture = CASES[case]
     launch = request.getfixturevalue(fixture)

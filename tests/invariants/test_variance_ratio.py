@@ -9,7 +9,8 @@ import pytest
 HERE = Path(__file__).parent
 WARMUP = {"llama": 100, "gpt2": 100, "trained": 10}  # the defaults from scratch and from pretrained weights
 LEVELS = (0.25, 0.5, 0.75)
-FAST, SLOW = ([f"{arch}:{level}" for arch in archs for level in LEVELS] for archs in (("llama", "trained"), ("gpt2",)))
+FAST = ["llama:0.25", "llama:0.75", "trained:0.5"]
+SLOW = ["llama:0.5", "trained:0.25", "trained:0.75", *(f"gpt2:{level}" for level in LEVELS)]
 CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
@@ -34,12 +35,12 @@ def run_cases(run_ranks, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fast_rows(run_cases):
-    return run_cases("llama:0.0", *FAST)  # the trained model goes on from this one's weights
+    return run_cases("llama:0.0", *FAST)  # the trained models go on from this one's weights
 
 
 @pytest.fixture(scope="module")
 def slow_rows(run_cases):
-    return run_cases(*SLOW)
+    return run_cases("llama:0.0", *SLOW)
 
 
 @pytest.fixture
@@ -73,8 +74,9 @@ def test_warm_up_has_gain_zero_and_then_ramps(rows, case):
     assert 0 < gains[warmup] < gains[warmup + 4]
 
 
-@pytest.mark.parametrize("case", ["llama:0.5", pytest.param("gpt2:0.5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["llama:0.25", pytest.param("gpt2:0.25", marks=pytest.mark.slow)])
 def test_entropy_falls_with_the_level(rows, case):
     arch = case.split(":")[0]
-    ends = [sum(r["stability/entropy"] for r in rows[f"{arch}:{level}"][-20:]) / 20 for level in LEVELS]
-    assert ends[0] > ends[1] > ends[2]
+    levels = [level for level in LEVELS if f"{arch}:{level}" in rows]
+    ends = [sum(r["stability/entropy"] for r in rows[f"{arch}:{level}"][-20:]) / 20 for level in levels]
+    assert len(ends) >= 2 and ends == sorted(set(ends), reverse=True)
