@@ -52,7 +52,7 @@ setup(
         "trl": ["trl>=1.16"],
         "gguf": ["gguf>=0.17"],
         "test": [
-            "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "peft>=0.17", "trl>=1.16", "lm-eval>=0.4.13",
+            "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "hypothesis>=6.100", "peft>=0.17", "trl>=1.16", "lm-eval>=0.4.13",
             "submitit>=1.5", "sacrebleu>=2.4", "playwright>=1.45",
         ],
     },
