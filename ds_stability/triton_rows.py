@@ -85,18 +85,11 @@ def _write_gradient(raw_ptr, row, rows, words, width, label, peak, log_total, in
 
 
 @triton.jit
-def _statistics_kernel(raw_ptr, labels_ptr, high_ptr, found_ptr, boost_ptr, rows, words, width, coefficient, smoothing, z, factor, cap,
-                       slope, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, ENTROPY: tl.constexpr, HIGH: tl.constexpr,
-                       GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # offsets pass 2^31 where rows * words does
+def _sums(raw_ptr, high_ptr, row, rows, words, width, factor, cap, slope, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr,
+          HIGH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Of a row: its largest logit, and sums over its words of e = exp(x - peak), e (x - peak), e in the high-frequency set, 1 and x."""
     first = tl.full((), 0, tl.int64)
     many = first + rows
-    label = tl.load(labels_ptr + row)
-    left_of_label = label // width * width
-    label_at = left_of_label * many + row * tl.minimum(width, words - left_of_label) + label - left_of_label
-    # An id that is none reads nothing and makes the loss NaN, which the engine sees.
-    label_raw = tl.load(raw_ptr + label_at, mask=(label >= 0) & (label < words), other=float("nan"))
-    label_x, label_steep = _transformed(label_raw, factor, cap, slope, CAPPED)
     peak = tl.full((), float("-inf"), tl.float32)
     # A sum for each place of a block, added up at the end: one reduction a block, that of the maximum.
     totals = tl.zeros((BLOCK,), tl.float32)
@@ -107,7 +100,7 @@ def _statistics_kernel(raw_ptr, labels_ptr, high_ptr, found_ptr, boost_ptr, rows
             at = start + tl.arange(0, BLOCK)
             inside = at < wide
             raw = tl.load(raw_ptr + first + row * wide + at, mask=inside, other=float("-inf"))
-            x, steep = _transformed(raw, factor, cap, slope, CAPPED)
+            x, _steep = _transformed(raw, factor, cap, slope, CAPPED)
             x = tl.where(inside, x, float("-inf"))  # a soft-cap has made it finite
             # Whether a maximum keeps NaN differs between devices; here it never does, and the sums do.
             risen = tl.maximum(peak, tl.max(tl.where(x == x, x, float("-inf")), axis=0))
@@ -125,23 +118,37 @@ def _statistics_kernel(raw_ptr, labels_ptr, high_ptr, found_ptr, boost_ptr, rows
                 logits += tl.where(real, x, 0.0)
             peak = risen
         first = tl.multiple_of(first + many * wide, ALIGNED)
-    total = tl.sum(totals, axis=0)
+    return peak, tl.sum(totals, 0), tl.sum(weighted, 0), tl.sum(highs, 0), tl.sum(possible, 0), tl.sum(logits, 0)
+
+
+@triton.jit
+def _statistics_kernel(raw_ptr, labels_ptr, high_ptr, found_ptr, boost_ptr, rows, words, width, coefficient, smoothing, z, factor, cap,
+                       slope, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, ENTROPY: tl.constexpr, HIGH: tl.constexpr,
+                       GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # offsets pass 2^31 where rows * words does
+    many = tl.full((), 0, tl.int64) + rows
+    label = tl.load(labels_ptr + row)
+    left = label // width * width
+    where = left * many + row * tl.minimum(width, words - left) + label - left
+    # An id that is none reads nothing and makes the loss NaN, which the engine sees.
+    raw = tl.load(raw_ptr + where, mask=(label >= 0) & (label < words), other=float("nan"))
+    label_x, _steep = _transformed(raw, factor, cap, slope, CAPPED)
+    peak, total, weighted, high, possible, logits = _sums(raw_ptr, high_ptr, row, rows, words, width, factor, cap, slope, CAPPED,
+                                                          SMOOTHED, HIGH, ALIGNED, BLOCK)  # fmt: skip
     total = tl.where(total > 0.0, total, float("nan"))  # every logit -inf: no distribution
     log_total = tl.log(total)
-    entropy = log_total - tl.sum(weighted, axis=0) / total
-    log_partition = peak + log_total
+    entropy, log_partition = log_total - weighted / total, peak + log_total
     found_ptr += row
     tl.store(found_ptr, log_total - (label_x - peak))
     tl.store(found_ptr + many, entropy)
     tl.store(found_ptr + 2 * many, 1.0 / total)
     tl.store(found_ptr + 3 * many, log_partition)
-    tl.store(found_ptr + 4 * many, tl.sum(highs, axis=0) / total)
+    tl.store(found_ptr + 4 * many, high / total)
     spread = 0.0
     if SMOOTHED:
-        count = tl.sum(possible, axis=0)
-        spread = smoothing / count
-        tl.store(found_ptr + 5 * many, count)
-        tl.store(found_ptr + 6 * many, tl.sum(logits, axis=0) / count)
+        spread = smoothing / possible
+        tl.store(found_ptr + 5 * many, possible)
+        tl.store(found_ptr + 6 * many, logits / possible)
     if GRADIENT:
         tl.debug_barrier()  # every warp has read the logit of the label
         share = 1.0 + 2.0 * z * log_partition

@@ -203,6 +203,7 @@ def _check_block(args: transformers.TrainingArguments, config: StabilityConfig) 
         StabilityConfigError: on every rank.
     """
     config.require_starter()
+    require_kernel(config)
     if isinstance(config.objective, UnlikelihoodSequence) and not args.average_tokens_across_devices:
         raise StabilityConfigError(
             "--average_tokens_across_devices False is not allowed with stability.objective unlikelihood_sequence, whose generated "
