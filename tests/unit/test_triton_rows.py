@@ -102,6 +102,19 @@ def test_statistics_and_gradients_are_the_law(block, dtype, transform, objective
     assert torch.equal(run(raw, labels, spec, gradient=False)[1], raw)
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_vocabulary_of_one_word_gives_the_transform_and_its_slope(transform):
+    """log Z is the logit itself, its gradient by z-loss 2 z log Z times the slope: each to its own rounding, from 1e-5 to far beyond a cap."""
+    raw = torch.tensor([1e-5, 0.05, 0.24, 0.26, 0.5, 0.7, 0.8, 1.3, -0.1, -2.0, 8.0, 60.0, -300.0], device=DEVICE)[:, None]
+    labels, spec = torch.zeros(len(raw), dtype=torch.long, device=DEVICE), LossSpec(objective=CLOSED["z_loss"], transform=TRANSFORMS[transform])
+    found, gradient = run(raw, labels, spec)
+    leaf = raw.double().requires_grad_()
+    logits = transformed(spec.transform, leaf)
+    wanted = torch.autograd.grad(0.3 * logits.square().sum(), leaf)[0]
+    torch.testing.assert_close(found[3].double(), logits.detach()[:, 0], rtol=TIGHT / 10, atol=0)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=TIGHT, atol=1e-7)  # p (1 + 2 z log Z) - 1
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from([0.01, 3.0, 60.0]), st.floats(-1e4, 1e4), st.booleans())
 def test_any_row_equals_the_portable_passes(seed, words, scale, offset, holes):
