@@ -209,8 +209,9 @@ def statistics(raw, labels_C, words: int, width: int, boost, spec: LossSpec, for
     found_KC = torch.empty(RESULTS, rows, dtype=torch.float32, device=raw.device)
     numbers, switches = _law(spec, form)
     if rows:
-        _statistics_kernel[(rows,)](raw, labels_C, high_V, found_KC, boost, rows, words, width, **numbers, **switches,
-                                    HIGH=high_V is not None, GRADIENT=gradient, **_sizes(words, width), **OPTIONS)  # fmt: skip
+        with torch.cuda.device_of(raw):  # triton launches on the current device
+            _statistics_kernel[(rows,)](raw, labels_C, high_V, found_KC, boost, rows, words, width, **numbers, **switches,
+                                        HIGH=high_V is not None, GRADIENT=gradient, **_sizes(words, width), **OPTIONS)  # fmt: skip
     return found_KC
 
 
@@ -221,5 +222,6 @@ def tile_gradient(raw_CW, labels_C, left: int, log_partition_C, entropy_C, possi
     """
     (rows, words), (numbers, switches) = raw_CW.shape, _law(spec, form)
     if rows:
-        _tile_kernel[(rows,)](raw_CW, labels_C, log_partition_C, entropy_C, possible_C, boost, words, left, **numbers, **switches,
-                              **_sizes(words, words), **OPTIONS)  # fmt: skip
+        with torch.cuda.device_of(raw_CW):
+            _tile_kernel[(rows,)](raw_CW, labels_C, log_partition_C, entropy_C, possible_C, boost, words, left, **numbers, **switches,
+                                  **_sizes(words, words), **OPTIONS)  # fmt: skip
