@@ -51,6 +51,8 @@ setup(
         "vllm": ["vllm>=0.10"],
         "trl": ["trl>=1.16"],
         "gguf": ["gguf>=0.17"],
+        # Not among those of the tests, which skip without it: the wheel has 286 MB. CUDA builds of torch bring it along.
+        "triton": ["triton>=3.2 ; platform_system == 'Linux'"],
         "test": [
             "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.8", "hypothesis>=6.100", "peft>=0.17", "trl>=1.16", "lm-eval>=0.4.13",
             "submitit>=1.5", "sacrebleu>=2.4", "playwright>=1.45",

@@ -13,6 +13,7 @@ PLAIN, TRL, LIGER = "plain DeepSpeed", "TRL, chunked loss", "Liger, fused loss"
 HEADLESS = "plain DeepSpeed without head and loss"  # its memory: what no loss can get below
 LEVEL_0, INTERVAL_10, LEVEL_5 = "level 0", "level 0, statistics.interval 10", "level 0.5"
 CHUNKED, ALL_FOUR = "level 0.5, loss_path chunked", "level 0.5, all four stabilizers"
+TRITON = "level 0.5, loss_kernel triton"
 _AT_ONCE = {"warmup_steps": 0, "ramp_steps": 1}  # the level acts from the first steps on
 _FAMILIES = {"feedback": {}, "clipping": {}, "averaging": {}, "regularization": {}}
 
@@ -24,10 +25,12 @@ ARMS: dict[str, dict[str, Any]] = {
     LEVEL_5: {"loss": "own", "stability": {"level": 0.5, "controller": _AT_ONCE}},
     CHUNKED: {"loss": "own", "stability": {"level": 0.5, "controller": _AT_ONCE, "loss_path": "chunked"}},
     ALL_FOUR: {"loss": "own", "stability": {"level": 0.5, "controller": _AT_ONCE, "stabilizers": _FAMILIES}},
+    TRITON: {"loss": "triton", "stability": {"level": 0.5, "controller": _AT_ONCE, "loss_kernel": "triton"}},
     TRL: {"loss": "trl", "stability": None},
     LIGER: {"loss": "liger", "stability": None},
     HEADLESS: {"loss": "none", "stability": None},
 }
+NEED_CUDA = (TRITON, LIGER)
 REFERENCES = (TRL, LIGER)  # engines of others that an arm is compared with, beside plain DeepSpeed
 
 
@@ -73,7 +76,7 @@ class Case:
     def steps_in_turns(self) -> int:
         """Steps of all arms where they take turns, with warm-up, counting and profile."""
         counted = 1 + self.profile_steps if self.profile_steps else 0
-        arms = [arm for arm in self.arms if arm != LIGER]  # it does not run on CPUs, for which the estimate is
+        arms = [arm for arm in self.arms if arm not in NEED_CUDA]  # the estimate is for CPUs
         return len(arms) * (self.warmup_steps + self.rounds * self.steps + counted)
 
 
@@ -96,16 +99,16 @@ def cases(quick: bool = False) -> dict[str, Case]:
         return {"quick": Case(
             "smoke test", llama(512, 32, 1, 2, 1, 64, tied=True), False, 2, 32,
             {LEVEL_0: Target(1.10, 1.1), LEVEL_5: Target(1.0, 0.7), ALL_FOUR: Target(1.1, 0.7, copy=True)},
-            (PLAIN, LEVEL_0, LEVEL_5, ALL_FOUR, TRL, LIGER), (PLAIN, LEVEL_5), rounds=3, steps=2, warmup_steps=2,
+            (PLAIN, LEVEL_0, LEVEL_5, ALL_FOUR, TRITON, TRL, LIGER), (PLAIN, LEVEL_5, TRITON), rounds=3, steps=2, warmup_steps=2,
             profile_steps=1, memory_steps=2,
         )}  # fmt: skip
-    large, few = (PLAIN, LEVEL_5, CHUNKED, ALL_FOUR, TRL, LIGER), (PLAIN, LEVEL_5, ALL_FOUR, TRL, LIGER)
+    large, few = (PLAIN, LEVEL_5, CHUNKED, ALL_FOUR, TRITON, TRL, LIGER), (PLAIN, LEVEL_5, ALL_FOUR, TRITON, TRL, LIGER)
     return {
         "observe": Case(
             "tiny LLaMA, vocabulary 2,048, fp32", tiny(), False, 4, 128,
             {LEVEL_0: Target(1.10, 1.1), INTERVAL_10: Target(1.02), ALL_FOUR: Target(1.10, 1.1, copy=True)},
-            (PLAIN, LEVEL_0, INTERVAL_10, LEVEL_5, CHUNKED, ALL_FOUR, TRL, LIGER),
-            (PLAIN, LEVEL_0, LEVEL_5, ALL_FOUR, TRL, LIGER), rounds=40,
+            (PLAIN, LEVEL_0, INTERVAL_10, LEVEL_5, CHUNKED, ALL_FOUR, TRITON, TRL, LIGER),
+            (PLAIN, LEVEL_0, LEVEL_5, ALL_FOUR, TRITON, TRL, LIGER), rounds=40,
         ),
         "smollm2": Case(
             "SmolLM2-135M, vocabulary 49,152, bf16",

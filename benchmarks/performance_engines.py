@@ -23,7 +23,8 @@ class Trainer:
 
     Args:
         case: as `performance_cases.Case.spec` makes it.
-        arm: {"loss": "own", "trl", "liger" or "none" (no head either); "stability": a block, or None for plain DeepSpeed}.
+        arm: {"loss": "own", "triton" (our own with its kernels), "trl", "liger" or "none" (no head either); "stability": a block, or None
+            for plain DeepSpeed}.
 
     Raises:
         ImportError: the arm's library is not installed.
@@ -40,6 +41,8 @@ class Trainer:
             use_liger_loss(model)
         elif arm["loss"] == "none":
             model = Headless(model)
+        elif arm["loss"] == "triton":
+            require_cuda()  # its interpreter would do for an answer, not for a time
         config = ds_config(case)
         arguments = {
             "model": model,
@@ -120,10 +123,14 @@ def use_trl_loss(model: torch.nn.Module) -> None:
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
 
 
-def use_liger_loss(model: torch.nn.Module) -> None:
-    """Liger's fused linear cross-entropy, and nothing else of Liger: the rest of the model is as in the other arms."""
+def require_cuda() -> None:
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA")
+
+
+def use_liger_loss(model: torch.nn.Module) -> None:
+    """Liger's fused linear cross-entropy, and nothing else of Liger: the rest of the model is as in the other arms."""
+    require_cuda()
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(rope=False, rms_norm=False, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=True,

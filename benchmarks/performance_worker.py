@@ -24,7 +24,7 @@ from performance_engines import Trainer, announce_zero3
 from ds_stability.console import quiet_libraries
 from ds_stability.run_dir import write_json_atomic
 
-FOREIGN = ("trl", "liger")  # losses of others: what they cannot do is recorded, not an error
+OPTIONAL = ("trl", "liger", "triton")  # need a package or a GPU: what they cannot do is recorded, not an error
 KEPT_OPERATORS = 40
 
 
@@ -103,8 +103,8 @@ def build(case: dict[str, Any]) -> tuple[dict[str, Trainer], dict[str, str]]:
 
 
 def attempt(name: str, case: dict[str, Any], refused: dict[str, str], work: Callable[[], Any]) -> bool:
-    """Whether `work` was done. Where a loss of others fails, alike on all ranks, the reason is kept."""
-    if case["arms"][name]["loss"] not in FOREIGN:
+    """Whether `work` was done. Where an optional loss fails, alike on all ranks, the reason is kept."""
+    if case["arms"][name]["loss"] not in OPTIONAL:
         work()
         return True
     try:

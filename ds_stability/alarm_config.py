@@ -1,17 +1,35 @@
-"""The `alarm` section of the stability block. No torch."""
+"""The `probe` and `alarm` sections of the stability block: the alarm reads the probe's texts. No torch."""
 
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from ds_stability.config_controller import Steps
 from ds_stability.config_describe import Section
 from ds_stability.config_errors import InvalidValue
+from ds_stability.schedule import MAX_STEP
 
 
 def _path(value: str) -> str:
-    if "\0" in value:  # no system call takes it
+    if "\0" in value:  # no system call takes it; half surrogate pairs are refused by pydantic
         raise InvalidValue("", value, "a path, in which no NUL character can stand")
     return value
+
+
+NonEmptyPath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+Count = Annotated[int, Field(ge=1, le=MAX_STEP)]
+
+
+class ProbeConfig(Section):
+    interval: Steps = Field(0, description="generate from fixed prompts every so many optimizer steps; 0 = off")
+    num_prompts: Count = Field(16, description="prompts of a probe")
+    max_new_tokens: Count = Field(64, description="tokens generated per prompt")
+    prompts_file: NonEmptyPath | None = Field(
+        None, description="text file with one prompt a line; null = prompts from the held-out text"
+    )
+    max_gather_gib: float = Field(
+        20.0, gt=0, le=10**6, description="skip the probe where the gathered weights would take more GiB than this"
+    )
 
 
 class AlarmConfig(Section):
@@ -19,7 +37,7 @@ class AlarmConfig(Section):
         "off", description="at every probe: nothing; a warning; for collapse also a checkpoint and the end of the run (stop), or the start "
         "of a governor that waits for it (govern)",
     )
-    reference_file: Annotated[str, Field(min_length=1), AfterValidator(_path)] | None = Field(
+    reference_file: NonEmptyPath | None = Field(
         None, description="text file that the bands are taken from; null = the held-out text of launchers/train.py"
     )
     start_step: Annotated[int, Field(ge=0, le=10**9)] | None = Field(

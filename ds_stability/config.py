@@ -10,10 +10,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator, ValidationError, model_validator
+from pydantic import Field, PlainValidator, ValidationError, model_validator
 from typing_extensions import TypedDict
 
-from ds_stability.alarm_config import AlarmConfig
+from ds_stability.alarm_config import AlarmConfig, Count, NonEmptyPath, ProbeConfig
 from ds_stability.config_controller import (
     LEVEL_KEYS,
     WARMUP_PRETRAINED,
@@ -31,7 +31,6 @@ from ds_stability.errors import StabilityConfigError
 from ds_stability.objectives.config import PREPARED, CrossEntropy, Objectives, UnlikelihoodSequence
 from ds_stability.schedule import (
     LEVEL_ALLOWED,
-    MAX_STEP,
     Schedule,
     format_level,
     level_at,
@@ -46,19 +45,9 @@ __all__ = ["KeyInfo", "Schedule", "StabilityConfig", "describe", "find_auto", "f
 BLOCK = "stability"
 REGULARIZATION_MAX = {"z_loss": 1e-2, "label_smoothing": 0.3, "init_decay": 0.1}
 
-
-def _path(value: str) -> str:
-    if "\0" in value:  # no system call takes it; half surrogate pairs are refused by pydantic
-        raise InvalidValue("", value, "a path, in which no NUL character can stand")
-    return value
-
-
 _Level = Annotated[Any, PlainValidator(parse_schedule)]
 _OptionalLevel = Annotated[Any, PlainValidator(lambda value: None if value is None else parse_schedule(value))]
-_Steps = Steps
-_Count = Annotated[int, Field(ge=1, le=MAX_STEP)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
-_Path = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
 def _family_level(meaning: str) -> Any:
@@ -73,7 +62,7 @@ class FeedbackConfig(Section):
         description="control: multiply the losses by the same weights in random order, so that no weight is tied to its "
         "token's surprisal",
     )
-    replay: _Path | None = Field(
+    replay: NonEmptyPath | None = Field(
         None,
         description="control: metrics.jsonl of a run whose gains are used again, step by step, whatever the ratio is (open loop)",
     )
@@ -115,31 +104,19 @@ class StatisticsConfig(Section):
     high_frequency_coverage: _Share = Field(
         0.5, description="share of the training tokens that the high-frequency set covers"
     )
-    high_frequency_file: _Path | None = Field(
+    high_frequency_file: NonEmptyPath | None = Field(
         None, description="high_frequency.json of another run, used as the set; null = count the training data"
     )
     ema_decay: _Share = Field(0.9, description="decay per applied step of the surprisal moments")
-    interval: _Count = Field(
+    interval: Count = Field(
         1, description="measure token statistics every so many optimizer steps; above 1 on the stock loss path only"
     )
     gradient_noise_scale: bool = Field(True, description="measure the gradient noise scale")
-    update_ratio_interval: _Steps = Field(
+    update_ratio_interval: Steps = Field(
         10, description="measure update norm over weight norm every so many optimizer steps; 0 = off"
     )
-    chunk_size: _Count | None = Field(
+    chunk_size: Count | None = Field(
         None, description="tokens per chunk of the loss; null = chosen from the vocabulary size and the device"
-    )
-
-
-class ProbeConfig(Section):
-    interval: _Steps = Field(0, description="generate from fixed prompts every so many optimizer steps; 0 = off")
-    num_prompts: _Count = Field(16, description="prompts of a probe")
-    max_new_tokens: _Count = Field(64, description="tokens generated per prompt")
-    prompts_file: _Path | None = Field(
-        None, description="text file with one prompt a line; null = prompts from the held-out text"
-    )
-    max_gather_gib: float = Field(
-        20.0, gt=0, le=10**6, description="skip the probe where the gathered weights would take more GiB than this"
     )
 
 
@@ -168,7 +145,11 @@ class StabilityConfig(Section):
         None, description="the model's own loss with statistics beside it, ours from the logits, or ours from the hidden states; "
         "null = stock if nothing is above 0, else linear",
     )
-    max_skipped_steps: _Count = Field(10, description="skipped optimizer steps in a row that end the run")
+    loss_kernel: Literal["torch", "triton"] = Field(
+        "torch", description="what computes statistics and gradients of the linear loss: torch's operators, or Triton kernels, which need CUDA "
+        "and the extra triton and have never been timed on a GPU; objectives without a closed form, and fp64, take torch's",
+    )
+    max_skipped_steps: Count = Field(10, description="skipped optimizer steps in a row that end the run")
 
     @model_validator(mode="after")
     def _check_governor(self) -> "StabilityConfig":
@@ -194,6 +175,8 @@ class StabilityConfig(Section):
             raise InvalidValue(
                 ".loss_path", "linear", f'"chunked" or null, as objective {self.objective.name} looks at the logits of whole sequences'
             )
+        if self.loss_kernel == "triton" and self.resolved_loss_path != "linear":
+            raise InvalidValue(".loss_kernel", "triton", f'"torch" where loss_path is {self.resolved_loss_path}, or set loss_path to "linear"')
         feedback = self.families.get("feedback")
         if feedback is not None and (feedback.permute or feedback.replay) and self.max_level("feedback") == 0:
             key = "replay" if feedback.replay else "permute"

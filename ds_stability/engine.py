@@ -16,6 +16,7 @@ from ds_stability import checkpoint
 from ds_stability.config import StabilityConfig, split_config, unsupported
 from ds_stability.deepspeed_config import find_auto, load_ds_config
 from ds_stability.errors import StabilityConfigError
+from ds_stability.loss_kernel import require_kernel
 from ds_stability.stability import Stability
 from ds_stability.universal import mend_loaded_optimizer
 
@@ -52,6 +53,7 @@ def _initialize(args, kwargs, auto_allowed: bool):
     ds_config, config = split_config(load_ds_config(given if given is not None else {}))
     for sentence in unsupported(ds_config, config):
         raise StabilityConfigError(sentence)
+    require_kernel(config)
     auto = find_auto(ds_config)
     if auto and not auto_allowed:
         raise StabilityConfigError(

@@ -307,7 +307,7 @@ class FusedHead:
         loss.refuse_second_forward()
         permute = loss.permuted if loss.permutation_step is not None else None
         return LossSpec(loss.setting, loss.objective, -loss.setting.entropy_bonus, self.transform, loss.high_frequency_V,
-                        loss.chunk_size, permute)  # fmt: skip
+                        loss.chunk_size, permute, loss.kernel)  # fmt: skip
 
     def take(self, carrier, labels, shifted, ignore_index):
         """(loss sum, tokens) of this forward, or None if its head gave logits.

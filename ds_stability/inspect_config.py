@@ -19,6 +19,7 @@ from ds_stability.deepspeed_config import (
     zero_stage,
 )
 from ds_stability.errors import StabilityConfigError
+from ds_stability.loss_kernel import missing_package
 from ds_stability.schedule import format_level, max_level, parse_level_flag
 
 ABSENT_CLIPPING = "absent, so 1.0"
@@ -163,7 +164,8 @@ def _deepspeed_warnings(config: dict[str, Any], auto: list[str]) -> list[str]:
 def _block_warnings(stability: StabilityConfig, present: bool) -> list[str]:
     if not present and not stability.active:
         return [f'no "{BLOCK}" block: level 0, plain training with statistics']
-    warnings, families = [], stability.families
+    missing = missing_package(stability)
+    warnings, families = [missing] if missing else [], stability.families
     if max_level(stability.level) > 0 and all(config.level is not None for config in families.values()):
         reason = "every stabilizer has a level of its own" if families else "stabilizers is {}"
         warnings.append(f"{BLOCK}.level {format_level(stability.level)} has no effect: {reason}")

@@ -12,8 +12,8 @@ or from logits computed once more; `linear_pass.py` says when and why.
 
 Memory beyond that: one chunk in the head's dtype and fp32 work buffers (one for an fp32 head, two in half precision, one more
 with a soft-cap), of the chunk's size on an accelerator and of a fixed small one on a CPU, where what stays in the cache is twice
-as fast. Like Liger's fused linear cross-entropy (arXiv 2410.10989) this divides nothing by the token count: `grad_output` alone
-scales. fp16 factors of a product are brought to a size that neither under- nor overflows (`linear_pass.FP16_BOOST`).
+as fast. The Triton kernels (`triton_pass.py`) work in registers and need none of these buffers. Like Liger's fused linear
+cross-entropy (arXiv 2410.10989) this divides nothing by the token count: `grad_output` alone scales. fp16 factors of a product are brought to a size that neither under- nor overflows (`linear_pass.FP16_BOOST`).
 
 The products are torch.mm in the head's dtype, as the model's own head would be: in fp32 with full precision unless
 torch.backends.cuda.matmul.allow_tf32 is set; in bf16 and fp16 with fp32 accumulation inside a product, up to
@@ -26,6 +26,7 @@ import torch
 
 from ds_stability.linear_pass import Pass
 from ds_stability.linear_spec import LossSpec, Tokens
+from ds_stability.objectives.token import closed_form
 
 #: Unsupervised tokens are left out where no more than this share is supervised: matrix products like round numbers of rows.
 WORTH = 0.9
@@ -65,9 +66,9 @@ class _LinearLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             weight_N = None
             if spec.permute is not None:
-                scout_N = Pass(*inputs, (False, False, False), spec).run(targets_N, used_N)["weight"]
+                scout_N = _pass(*inputs, (False, False, False), spec).run(targets_N, used_N)["weight"]
                 weight_N = _permute(spec.permute, scout_N, mask_N, ctx.rows)
-            ctx.work = Pass(*inputs, needs, spec)
+            ctx.work = _pass(*inputs, needs, spec)
             tokens = ctx.work.run(targets_N, used_N, weight_N)
             terms_N = tokens["weight"].double() / spec.setting.mean_weight * tokens["objective"].double()
             loss = torch.where(used_N, terms_N, 0.0).sum().to(ctx.work.dtype)
@@ -92,6 +93,15 @@ class _LinearLoss(torch.autograd.Function):
         if ctx.rows is not None and found[0] is not None:
             found[0] = found[0].new_zeros(ctx.shape).index_copy_(0, ctx.rows, found[0])
         return *found, None, None, None, None
+
+
+def _pass(hidden_ND, weight_VD, bias_V, needs, spec: LossSpec) -> Pass:
+    """With triton's kernels where they are asked for and made for it: closed forms, and no fp64."""
+    if spec.kernel != "triton" or hidden_ND.dtype == torch.float64 or closed_form(spec.objective) is None:
+        return Pass(hidden_ND, weight_VD, bias_V, needs, spec)
+    from ds_stability.triton_pass import TritonPass  # imports triton
+
+    return TritonPass(hidden_ND, weight_VD, bias_V, needs, spec)
 
 
 def _cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -38,16 +38,20 @@ FP16_BOOST, FP16_TOP = 2.0**10, 2.0**14
 HALF = (torch.float16, torch.bfloat16)
 
 
-def chunk_tokens(hidden_ND: torch.Tensor, vocab: int, chunk_size: int | None) -> int:
-    """Tokens per chunk: `chunk_size`, else equal chunks from the vocabulary and the device's memory; no host sync."""
+def chunk_tokens(hidden_ND: torch.Tensor, vocab: int, chunk_size: int | None, buffered: bool = True) -> int:
+    """Tokens per chunk: `chunk_size`, else equal chunks from the vocabulary and the device's memory; no host sync.
+
+    `buffered`: work buffers of a chunk's size stand beside its raw logits.
+    """
     tokens = max(1, hidden_ND.shape[0])
     if chunk_size:
         return min(chunk_size, tokens)
     half, most = hidden_ND.dtype in HALF, tokens
     elements = CHUNK_ELEMENTS.get(hidden_ND.device.type, CHUNK_ELEMENTS_DEFAULT)
-    if hidden_ND.device.type == "cuda":  # a chunk, and work buffers of its size
+    if hidden_ND.device.type == "cuda":
         memory = torch.cuda.get_device_properties(hidden_ND.device).total_memory
-        elements, most = memory // CUDA_SHARE // (10 if half else 8), CUDA_TOKENS_MAX
+        size = (2 if half else 4) + ((8 if half else 4) if buffered else 0)
+        elements, most = memory // CUDA_SHARE // size, CUDA_TOKENS_MAX
     most = min(max(CHUNK_TOKENS_MIN, elements // vocab), most)
     return -(-tokens // -(-tokens // most))
 
@@ -83,12 +87,14 @@ class Blocks:
 class Pass:
     """Buffers, statistics and gradients of one micro-batch: `run` in forward, `gradients` in backward."""
 
+    buffered = True
+
     def __init__(self, hidden_ND, weight_VD, bias_V, needs, spec: LossSpec):
         self.hidden_ND, self.weight_VD, self.bias_V, self.needs, self.spec = hidden_ND, weight_VD, bias_V, needs, spec
         self.dtype, self.half = torch.promote_types(hidden_ND.dtype, torch.float32), hidden_ND.dtype in HALF
         self.form, self.vocab = closed_form(spec.objective), len(weight_VD)
         tokens = len(hidden_ND)
-        self.chunk = chunk_tokens(hidden_ND, self.vocab, spec.chunk_size)
+        self.chunk = chunk_tokens(hidden_ND, self.vocab, spec.chunk_size, self.buffered)
         self.deferred = self.half and self.form is not None and any(needs)
         self.blocks = self._blocks()
         height = min(TILE_TOKENS, max(tokens, 1))
@@ -96,8 +102,7 @@ class Pass:
         # Reused by every chunk: an allocator that maps fresh pages for each costs as much as the softmax on a CPU.
         size, new = max(self.chunk * self.vocab, self.tile[0] * self.tile[1]), hidden_ND.new_empty
         self.raw = None if self.blocks is not None else new(size)  # logits of a chunk or a tile, then their gradient
-        self.span = min(size, max(self.vocab, WORK_ELEMENTS.get(hidden_ND.device.type, size)))
-        self.buffers = [new(self.span if self.half else 0, dtype=self.dtype), new(self.span, dtype=self.dtype)]
+        self._make_buffers(size)
         self.values_KN = new((len(FIELDS), tokens), dtype=self.dtype)
         self.possible_N = new(tokens, dtype=self.dtype)  # words of a probability above 0, for label smoothing
         self.grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=self.dtype) if needs[0] else None
@@ -112,6 +117,11 @@ class Pass:
             self.boost = FP16_BOOST / max(1.0, abs(spec.transform.scale)) / largest
         self.sum_WD: torch.Tensor | None = None  # of the block of the vocabulary at work, in half precision
         self.scale: torch.Tensor | float = 1.0  # of the head's gradient, where it is made in backward
+
+    def _make_buffers(self, size: int) -> None:
+        """`span`: elements that are worked on at a time, in fp32 or better."""
+        self.span = min(size, max(self.vocab, WORK_ELEMENTS.get(self.hidden_ND.device.type, size)))
+        self.buffers = [self.hidden_ND.new_empty(n, dtype=self.dtype) for n in (self.span if self.half else 0, self.span)]
 
     def _blocks(self) -> Blocks | None:
         """Where all logits are kept: in bf16, if that takes no more memory than a chunk beside the head's gradient."""
@@ -198,11 +208,9 @@ class Pass:
         exp_CV = view_of(self.buffers[1], logits_CV.shape)
         values_5C, total_C1, log_total_C1 = statistics_in_place(logits_CV, exp_CV, labels_C1, spec.high_frequency_V)
         (surprisal_C, entropy_C, _, log_partition_C), product_CV = values_5C[:4], logits_CV
-        weight_C = token_weights(surprisal_C, spec.setting) if weight_N is None else weight_N[rows]
         if form is not None:
-            value_C = _value(form, surprisal_C, log_partition_C, mean_C)
-        self.values_KN[:5, rows], self.values_KN[5, rows] = values_5C, weight_C
-        self.values_KN[6, rows] = value_C + spec.entropy_coefficient * entropy_C
+            value_C = closed_value(form, surprisal_C, log_partition_C, mean_C)
+        self._record(values_5C, value_C, rows, weight_N)
         if not wanted:
             return
         c = spec.entropy_coefficient  # d entropy / d logit = -p (log p + entropy)
@@ -215,6 +223,12 @@ class Pass:
         else:
             self._subtract_target(gradient_CV, rows, slice(0, self.vocab), possible_CV)
         self._keep(gradient_CV, slope_CV, pieces, rows)
+
+    def _record(self, values_5C, value_C, rows, weight_N) -> None:
+        """The statistics of some tokens, their weights, and the objective `value_C` with its entropy."""
+        weight_C = token_weights(values_5C[0], self.spec.setting) if weight_N is None else weight_N[rows]
+        self.values_KN[:5, rows], self.values_KN[5, rows] = values_5C, weight_C
+        self.values_KN[6, rows] = value_C + self.spec.entropy_coefficient * values_5C[1]
 
     def _share(self, rows) -> torch.Tensor | float:
         """What a word's probability is multiplied with in its gradient, [C, 1] or a number; the entropy's part apart."""
@@ -335,7 +349,7 @@ class Pass:
         self._keep(p_CW, slope_CW, pieces, rows)
 
 
-def _value(form, surprisal_C, log_partition_C, mean_C) -> torch.Tensor:
+def closed_value(form, surprisal_C, log_partition_C, mean_C) -> torch.Tensor:
     """A `ClosedForm` of a token; `mean_C` is its mean logit over the possible words, where smoothing needs it."""
     value_C = surprisal_C
     if form.smoothing:

@@ -44,6 +44,7 @@ class LossSpec:
         setting: gain, mu, sigma and mean weight of the step; weight_i = exp(-gain z_i) / mean_weight multiplies token i.
         objective: per-token objective; anything but a `ClosedForm` is differentiated by autograd, a chunk at a time.
         entropy_coefficient: adds coefficient * entropy_i (nats) to the objective, weighted alike; its gradient is exact.
+        kernel: "torch", or "triton" for closed forms in fp32, bf16 and fp16 (`triton_pass.py`); the rest is torch's all the same.
         permute: (weight_N, mask_N) -> weight_N replaces the weights once all are known (a control experiment); costs a pass
             over the head without gradients before the pass proper.
     """
@@ -55,6 +56,7 @@ class LossSpec:
     high_frequency_V: torch.Tensor | None = None
     chunk_size: int | None = None
     permute: Callable | None = None
+    kernel: str = "torch"
 
 
 @dataclass

@@ -196,6 +196,7 @@ class StabilityLoss:
         permutation_step: the applied step that seeds a permutation of the weights (a control experiment), or None for none.
             The recorded weighted moments stay those of the weights in place; the recorded loss is the one optimized.
         rank: of this process, another part of that seed.
+        kernel: what the linear path computes statistics and gradients with (`LossSpec.kernel`).
         head: the `FusedHead` that computes the loss in the model's head (the linear path), or None.
         train, evaluation: accumulators. on_backward(grad_output, denominator, tokens) is told of every backward.
     """
@@ -211,6 +212,7 @@ class StabilityLoss:
         self.statistics_only = False  # evaluation passes need no loss
         self.permutation_step: int | None = None
         self.rank = 0
+        self.kernel = "torch"
         self.interleaved = False  # refuse a second forward before the backward of the first
         self.on_backward: Callable | None = None
         self.head = None

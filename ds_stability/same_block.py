@@ -2,6 +2,9 @@
 
 from ds_stability.errors import StabilityConfigError
 
+#: Keys that blocks did not always have, with what an absent one means.
+LATER = {"ema": None, "loss_kernel": "torch"}
+
 
 def training_part(block: dict) -> dict:
     """The block without what only looks on: a run may be resumed with another probe."""
@@ -10,8 +13,8 @@ def training_part(block: dict) -> dict:
 
 
 def without_absent(block: dict) -> dict:
-    """The block as it was before `ema` was a key, where that is null: what was written then is the same."""
-    return {key: value for key, value in block.items() if key != "ema" or value is not None}
+    """The block as it was before `ema` and `loss_kernel` were keys, where they say what was done then: that is the same block."""
+    return {key: value for key, value in block.items() if key not in LATER or value != LATER[key]}
 
 
 def require_same_block(old: dict, new: dict) -> None:
@@ -31,7 +34,7 @@ def require_same_block(old: dict, new: dict) -> None:
 def difference(old: dict, new: dict, path: str = "stability") -> str:
     """The first key in which two blocks differ, as text."""
     for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
+        a, b = (block.get(key, LATER.get(key)) for block in (old, new))
         if isinstance(a, dict) and isinstance(b, dict) and a != b:
             return difference(a, b, f"{path}.{key}")
         if a != b:

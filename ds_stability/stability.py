@@ -119,7 +119,7 @@ class Stability:
             stock.release()
             stock = stock.stock
         loss = StabilityLoss(model, stock, ours, self.device, self.config.statistics.chunk_size)
-        loss.rank = dist.get_rank(group=self.group)
+        loss.rank, loss.kernel = dist.get_rank(group=self.group), self.config.loss_kernel
         loss.interleaved = ours and engine.zero_optimization_stage() == 3
         if path == "linear":
             from ds_stability.fused_head import fuse_head  # imports transformers

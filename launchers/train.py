@@ -55,6 +55,7 @@ from ds_stability.launchers.setup_run import (  # noqa: E402
     warn_of_overlap,
 )
 from ds_stability.launchers.world_size import LoadedOnce, check_flags, convert_checkpoint, world_has_changed  # noqa: E402
+from ds_stability.loss_kernel import require_kernel  # noqa: E402
 from ds_stability.preemption import StopSignals  # noqa: E402
 from ds_stability.run_dir import RunDir, check_output_dir  # noqa: E402
 from ds_stability.siblings import look_around  # noqa: E402
@@ -169,6 +170,7 @@ def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokeni
 def main(argv: list[str]) -> None:
     complete_environment()
     command = parse_command(argv)
+    require_kernel(command.stability)  # not in `parse_command`: a sweep is planned on a machine that may have neither package nor GPU
     run = RunDir(command.output_dir)
     if command.resume and run.done.exists() and command.resume_mode != "auto":
         raise UserError(f"--output_dir {run.path}: this run is complete (DONE); nothing is left to resume")

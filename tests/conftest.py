@@ -9,9 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported whether its kernels are interpreted, and any test module may bring that about.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ from ds_stability.deepspeed_config import load_ds_config
 from ds_stability.errors import StabilityConfigError
 from ds_stability.gathered import random_state_kept
 from ds_stability.integrations.alarm import alarm_from_file
+from ds_stability.loss_kernel import require_kernel
 from ds_stability.objectives.config import UnlikelihoodSequence
 from ds_stability.probe import Probe, prompts_from_file
 from ds_stability.recorder import Recorder
@@ -203,6 +204,7 @@ def _check_block(args: transformers.TrainingArguments, config: StabilityConfig) 
         StabilityConfigError: on every rank.
     """
     config.require_starter()
+    require_kernel(config)
     if isinstance(config.objective, UnlikelihoodSequence) and not args.average_tokens_across_devices:
         raise StabilityConfigError(
             "--average_tokens_across_devices False is not allowed with stability.objective unlikelihood_sequence, whose generated "

@@ -1,5 +1,7 @@
 """`initialize`: the ways to give it a config, what it refuses on every rank, and models that are not transformers'."""
 
+import importlib.util
+
 import pytest
 
 STAGE0 = {"zero_optimization": {"stage": 0}}
@@ -23,6 +25,7 @@ REFUSED = {
 RUNS = [{"name": name, "steps": 2, **case} for name, (case, _) in REFUSED.items()] + [
     {"name": "by_config", "steps": 2, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}}},
     {"name": "by_args", "steps": 2, "via_args": True, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}}},
+    {"name": "triton", "steps": 2, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}, "loss_kernel": "triton"}},
     {"name": "own_loss", "steps": 2, "arch": "own_loss", "ds": STAGE2, "stability": {"level": 0.0}},
 ]
 
@@ -49,3 +52,20 @@ def test_a_config_in_args_is_the_same_as_one_in_config(results):
 def test_a_model_with_a_loss_of_its_own_is_observed_at_level_0(results):
     row = results["own_loss"]["metrics"][-1]
     assert row["grad_norm"] > 0 and row["cross_entropy"] is None and row["stability/tokens"] is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_kernels_train_as_the_passes_of_torch(results):
+    """In the interpreter, where there is no GPU (conftest.py)."""
+    mine, theirs = results["triton"], results["by_config"]
+    assert "errors" not in mine, mine["errors"]
+    assert mine["metrics"] != theirs["metrics"]  # another order of sums: the kernels were at work
+    assert mine["metrics"][-1]["stability/gain"] > 0
+    for row, wanted in zip(mine["metrics"], theirs["metrics"], strict=True):
+        for name in ("loss", "cross_entropy", "stability/entropy", "stability/gain", "grad_norm"):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-4), name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
+def test_triton_that_is_not_installed_is_refused(results):
+    assert all("ds_stability[triton]" in text for text in results["triton"]["errors"].values())

@@ -10,7 +10,7 @@ from ds_stability.config import StabilityConfig, load_ds_config, split_config
 from ds_stability.errors import StabilityConfigError, UserError
 
 LEVEL = "a number from 0 to 1, or a list of [step, level] pairs"
-TOP = "allowed here: level, stabilizers, objective, controller, statistics, probe, alarm, ema, loss_path, max_skipped_steps"
+TOP = "allowed here: level, stabilizers, objective, controller, statistics, probe, alarm, ema, loss_path, loss_kernel, max_skipped_steps"
 FAMILIES = "feedback, clipping, averaging, regularization"
 NESTED: list = []
 NESTED.append(NESTED)
@@ -100,6 +100,7 @@ BLOCKS = [
     ({"statistics": {"chunk_size": 0}}, "stability.statistics.chunk_size", "0", "an integer from 1 to"),
     ({"probe": {"interval": -5}}, "stability.probe.interval", "-5", "an integer from 0 to"),
     ({"probe": {"max_gather_gib": 0}}, "stability.probe.max_gather_gib", "0", "a number above 0"),
+    ({"loss_kernel": "triton"}, "stability.loss_kernel", "triton", "where loss_path is stock"),
     ({"max_skipped_steps": 0}, "stability.max_skipped_steps", "0", "an integer from 1 to"),
     ({"stabilizers": {"averaging": {"beta_max": 1.0}}}, "stability.stabilizers.averaging.beta_max", "1.0", "above 0 and below 1"),
     ({"stabilizers": {"clipping": {"level": 2}}}, "stability.stabilizers.clipping.level", "2", LEVEL),

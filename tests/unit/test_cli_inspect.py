@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_stability import loss_kernel
 from ds_stability.cli import main
 from ds_stability.config import StabilityConfig, describe
 
@@ -168,6 +169,14 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     command = f"set -o pipefail; {sys.executable} -m ds_stability.cli inspect {path} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_kernels_without_their_package_are_a_warning(inspect, monkeypatch):
+    """The run may be meant for another machine."""
+    monkeypatch.setattr(loss_kernel.importlib.util, "find_spec", lambda name: None)
+    code, out, _ = inspect({**GOOD, "stability": {"level": 0.5, "loss_kernel": "triton"}})
+    assert code == 0 and "loss_kernel needs" not in out and "needs the package triton; pip install 'ds_stability[triton]'" in out
+    assert "loss_kernel" in inspect(GOOD)[1] and "package triton" not in inspect(GOOD)[1]
 
 
 def test_a_governor_is_the_reason_for_the_loss_path(inspect):

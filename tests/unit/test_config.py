@@ -6,17 +6,20 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_stability import loss_kernel
 from ds_stability.config import (
     StabilityConfig,
     describe,
     level_at,
 )
 from ds_stability.errors import StabilityConfigError
+from ds_stability.same_block import require_same_block, training_part
 
 FULL = {
     "level": [[0, 0], [200, 0.5]],
@@ -30,7 +33,8 @@ FULL = {
     "statistics": {"high_frequency_coverage": 0.4, "high_frequency_file": "a.json", "ema_decay": 0.5, "interval": 1,
                    "gradient_noise_scale": False, "update_ratio_interval": 0, "chunk_size": 128},
     "probe": {"interval": 5, "num_prompts": 2, "max_new_tokens": 3, "prompts_file": "p.txt", "max_gather_gib": 0.5},
-    "loss_path": "chunked",
+    "loss_path": "linear",
+    "loss_kernel": "triton",
     "max_skipped_steps": 1,
     "objective": {"name": "focal", "gamma": 1.5},
     "alarm": {"action": "stop", "reference_file": "r.txt", "start_step": 3, "patience": 1, "share_tolerance": 0.1, "entropy_tolerance": 0.3},
@@ -175,6 +179,43 @@ def test_statistics_interval_needs_the_stock_loss():
         parse(level=0.1, statistics={"interval": 10})
     with pytest.raises(StabilityConfigError, match="stability.statistics.interval: 10"):
         parse(loss_path="linear", statistics={"interval": 10})
+
+
+def test_the_triton_kernels_are_for_the_linear_loss():
+    assert parse().loss_kernel == "torch" and parse(level=0.5, loss_kernel="triton").loss_kernel == "triton"
+    assert parse(loss_path="linear", loss_kernel="triton").loss_kernel == "triton"
+    for block, path in ({}, "stock"), ({"level": 0.5, "loss_path": "chunked"}, "chunked"), ({"objective": {"name": "unlikelihood_token"}}, "chunked"):
+        with pytest.raises(StabilityConfigError, match=rf'stability.loss_kernel: "triton" is not allowed; must be "torch" where loss_path is {path}'):
+            parse(**block, loss_kernel="triton")
+    with pytest.raises(StabilityConfigError, match='stability.loss_kernel: "cuda" is not allowed; must be "torch" or "triton"'):
+        parse(level=0.5, loss_kernel="cuda")
+
+
+def test_kernels_that_cannot_run_here_are_refused_in_one_line(monkeypatch):
+    config = parse(level=0.5, loss_kernel="triton")
+    monkeypatch.setattr(loss_kernel.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    loss_kernel.require_kernel(parse(level=0.5))
+    with pytest.raises(StabilityConfigError, match=r"^stability.loss_kernel: .* pip install 'ds_stability\[triton\]'") as caught:
+        loss_kernel.require_kernel(config)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    monkeypatch.setattr(loss_kernel.importlib.util, "find_spec", lambda name: name)
+    loss_kernel.require_kernel(config)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
+    for value in ("0", None):
+        monkeypatch.setenv("TRITON_INTERPRET", value) if value else monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(StabilityConfigError, match="needs CUDA, and DeepSpeed runs on cpu; .* TRITON_INTERPRET=1"):
+            loss_kernel.require_kernel(config)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    loss_kernel.require_kernel(config)
+
+
+def test_a_block_from_before_the_kernels_is_one_with_torch():
+    torch_block, triton_block = (parse(level=0.5, loss_kernel=name).resolve(pretrained=False).to_dict() for name in ("torch", "triton"))
+    older = {key: value for key, value in torch_block.items() if key != "loss_kernel"}
+    require_same_block(training_part(older), training_part(torch_block))
+    with pytest.raises(StabilityConfigError, match=r"stability.loss_kernel: 'torch' there, 'triton' here"):
+        require_same_block(training_part(older), training_part(triton_block))
 
 
 @pytest.mark.parametrize("objective, message", [

@@ -66,7 +66,8 @@ FAMILIES = {
     "regularization": {"level": st.none() | schedules, "kind": st.sampled_from(["z_loss", "label_smoothing", "init_decay"]),
                        "max": st.none() | shares},
 }  # fmt: skip
-TOP = {"level": schedules, "loss_path": st.sampled_from([None, "stock", "chunked", "linear"]), "max_skipped_steps": counts}
+TOP = {"level": schedules, "loss_path": st.sampled_from([None, "stock", "chunked", "linear"]), "loss_kernel": st.sampled_from(["torch", "triton"]),
+       "max_skipped_steps": counts}  # fmt: skip
 
 
 def test_every_key_of_the_block_is_fuzzed():

@@ -305,6 +305,7 @@ def test_a_run_writes_results_page_and_figures(run, tmp_path, capsys):
     out = tmp_path / "out"
     case, text = body["cases"]["quick"], (out / "performance.md").read_text()
     assert case["arms"][plan.LIGER]["not_run"] == "no CUDA" and "| Liger, fused loss | not run: no CUDA |" in text
+    assert "| level 0.5, loss_kernel triton | not run: no CUDA |" in text
     verdicts = {(row["arm"], row["quantity"]): row["verdict"] for row in case["verdicts"]}
     assert verdicts[plan.LEVEL_5, "step time"] == "missed" and verdicts[plan.LEVEL_5, "activation memory"] == "met"
     assert verdicts[plan.LEVEL_0, "activation memory"] == "not measured"

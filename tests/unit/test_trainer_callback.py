@@ -109,3 +109,10 @@ def test_what_cannot_work_in_a_trainer_is_refused(block, average, words):
     with pytest.raises(StabilityConfigError, match=words):
         StabilityCallback().on_init_end(args, None, None)
     assert StabilityConfig.parse(block)  # a loop of one's own may have it
+
+
+def test_kernels_that_cannot_run_here_are_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("ds_stability.loss_kernel.importlib.util.find_spec", lambda name: None)
+    args = SimpleNamespace(deepspeed={"stability": {"level": 0.5, "loss_kernel": "triton"}}, average_tokens_across_devices=True)
+    with pytest.raises(StabilityConfigError, match=r"pip install 'ds_stability\[triton\]'"):
+        StabilityCallback().on_init_end(args, None, None)
