@@ -56,8 +56,7 @@ TITLE = "Fine-tuning on few blocks: what each cure keeps, and what it costs"
 
 def main() -> int:
     arguments = parse_arguments()
-    output = Path(arguments.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    output = common.output_folder(arguments.output)
     document = sweep_document(arguments)
     folder = output / "runs" / document["name"]
     first, others = arguments.seeds[0], arguments.seeds[1:]

@@ -4,19 +4,15 @@ Usage: as train_worker.py, SPEC.json OUT_DIR. Each run trains without the averag
 middle. Rank 0 writes OUT_DIR/NAME.pt and, last, OUT_DIR/DONE.
 """
 
-import gc
-import json
-import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
-from deepspeed import comm as dist
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from train_data import DEFAULTS, micro_batches  # noqa: E402
 from train_worker import gathered_weights, make_engine, train_step  # noqa: E402
+from worker_job import begin, end  # noqa: E402
 
 from ds_stability.export import gather_state_dict  # noqa: E402
 
@@ -132,17 +128,10 @@ def execute(run, out, rank, world):
 
 
 def main():
-    gc.freeze()  # DeepSpeed collects garbage for every engine: the imports need not be walked each time
-    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    deepspeed.init_distributed()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    spec, out, rank, world = begin()
     for run in spec["runs"]:
         execute({**DEFAULTS, **run}, out, rank, world)
-    dist.barrier()
-    if rank == 0:
-        (out / "DONE").touch()
-    sys.stdout.flush()
-    os._exit(0)  # a rare abort at teardown must not count (docs/footguns.md)
+    end(out)
 
 
 if __name__ == "__main__":
