@@ -17,6 +17,7 @@ from typing import Any
 
 import common
 import headline
+import training
 import yaml
 
 from ds_stability.errors import UserError
@@ -227,8 +228,4 @@ def has_value(row: Mapping[str, Any], name: str) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    sys.exit(training.run_main(main))
