@@ -120,6 +120,13 @@ def stability_measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | N
     }
 
 
+def output_folder(name: str) -> Path:
+    """The folder that `--output` names, absolute, and there."""
+    folder = Path(name).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def read_run(run_dir: Path) -> list[dict[str, Any]]:
     return read_metrics(run_dir / "metrics.jsonl")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import common
 import headline
+import training
 import yaml
 
 from ds_stability.errors import UserError
@@ -56,8 +57,7 @@ TITLE = "Fine-tuning on few blocks: what each cure keeps, and what it costs"
 
 def main() -> int:
     arguments = parse_arguments()
-    output = Path(arguments.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    output = common.output_folder(arguments.output)
     document = sweep_document(arguments)
     folder = output / "runs" / document["name"]
     first, others = arguments.seeds[0], arguments.seeds[1:]
@@ -228,8 +228,4 @@ def has_value(row: Mapping[str, Any], name: str) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    sys.exit(training.run_main(main))

@@ -28,8 +28,7 @@ PROBE = {"num_prompts": 64, "max_new_tokens": 64}
 
 def main() -> int:
     arguments = parse_arguments()
-    output = Path(arguments.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    output = common.output_folder(arguments.output)
     ds_config = output / "ds_config.json"
     write_json_atomic(ds_config, probing_config(arguments.steps, arguments.warmup_steps))
     cells = [demo_cell(level, arguments, ds_config, output) for level in arguments.levels]

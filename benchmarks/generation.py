@@ -36,8 +36,7 @@ FIRST_WORD = 3  # ids before it are BOS, EOS and padding in the tiny model
 
 def main() -> int:
     arguments = parse_arguments()
-    started, output = time.monotonic(), Path(arguments.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    started, output = time.monotonic(), common.output_folder(arguments.output)
     model, name = make_model(arguments)
     prompts = make_prompts(arguments, model.config.get_text_config().vocab_size)
     arms = make_arms(model, prompts, arguments.new_tokens)

@@ -32,8 +32,7 @@ PROTOTYPE = ((3.5 / 4.10, 3.48 / 3.5, 4.13 / 3.98), (4.1 / 4.10, 4.08 / 4.1, 3.9
 
 def main() -> int:
     arguments = parse_arguments()
-    output = Path(arguments.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    output = common.output_folder(arguments.output)
     rows, cells, scored = [], [], 0.0
     for seed in arguments.seeds:
         plain = make_cell("plain", seed, {"loss_path": "linear"}, arguments, output)

@@ -59,8 +59,7 @@ def main() -> int:
     result["versions"] |= library_versions()
     result["seconds"] = round(time.monotonic() - started, 1)
     result |= {"all": {"metrics": len(METRIC_NAMES), "rounds": whole, **medians(whole)}, "comparisons": pairs}
-    output = Path(arguments.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    output = common.output_folder(arguments.output)
     write_json_atomic(output / "metric_speed.json", result)
     print_result(result)
     print(f"\n{output / 'metric_speed.json'}")

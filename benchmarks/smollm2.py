@@ -29,8 +29,7 @@ SCORES_MUST_AGREE = 0.02  # nats of held-out cross-entropy, between the engine's
 
 def main() -> int:
     arguments = parse_arguments()
-    output = Path(arguments.output).resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    output = common.output_folder(arguments.output)
     ds_config = output / "ds_config.json"
     write_json_atomic(ds_config, cpu_config(arguments.precision))
     cells = [smollm2_cell(level, arguments, ds_config, output) for level in arguments.levels]

@@ -39,8 +39,7 @@ RUN = "run"  # the run's folder inside OUTPUT
 
 def main() -> int:
     arguments = parse_arguments()
-    output, started = Path(arguments.output).resolve(), time.monotonic()
-    output.mkdir(parents=True, exist_ok=True)
+    output, started = common.output_folder(arguments.output), time.monotonic()
     result = output / "soak.json"
     training.end_children_on_sigterm()
     samples = watched_run(arguments, output)

@@ -14,6 +14,7 @@ from typing import Any
 
 from common import REPOSITORY, TRAIN_SCRIPT
 
+from ds_stability.errors import UserError
 from ds_stability.launchers.sweep_hosts import default_processes, environment, free_port, on_gpu, remove_shared_memory
 from ds_stability.run_dir import RunDir, write_json_atomic
 
@@ -165,9 +166,12 @@ def end_process(process: subprocess.Popen) -> None:
 
 
 def run_main(main: Callable[[], int]) -> int:
-    """Exit code of `main`, with a failed run told without a traceback, and Ctrl-C in one line."""
+    """Exit code of `main`, with a failed run and a user's error told without a traceback, and Ctrl-C in one line."""
     try:
         return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except FailedRun as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_stability.engine import engine_of
 from ds_stability.errors import UserError
 from ds_stability.gathered import base_model, is_partitioned, is_peft, random_state_kept, whole
 from ds_stability.model_card import model_card
@@ -91,6 +92,9 @@ def gather_state_dict(engine: "DeepSpeedEngine") -> dict[str, torch.Tensor] | No
 
     Tied parameters share one tensor, as in the live model.
     """
+    own = engine_of(engine.module)
+    if own is not None and own.stability.ema is not None:
+        own.stability.ema.mend(own)
     main = torch.distributed.get_rank() == 0
     named = list(engine.module.named_parameters(remove_duplicate=False))
     copies: dict[int, torch.Tensor] = {}

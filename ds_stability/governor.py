@@ -10,8 +10,8 @@ token weights of gain -u or into an entropy bonus u (stabilizers/governance.py).
 
 D += ki^2 e n / 10 once the set point rests: a model in training drifts, the output that holds it changes from step to step, and
 an integral alone stays behind by a constant error (a loop of type 2 follows a ramp without one; Franklin, Powell &
-Emami-Naeini, Feedback Control of Dynamic Systems, section 4.2). The factor keeps the loop overdamped where an output of 1 moves
-the statistic by .4 or more of its scale.
+Emami-Naeini, Feedback Control of Dynamic Systems, section 4.2). The factor keeps the loop overdamped where K / (1 + kp K) is .4 or
+more, K what an output of 1 moves the statistic by in units of its scale: with kp .6 from K = .53 on.
 
 I and D stand still while a bound or the slew rate holds the output back and the error pushes against it (conditional
 integration; Astrom & Hagglund, Advanced PID Control, 2006, section 3.5).

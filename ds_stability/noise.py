@@ -29,7 +29,7 @@ class MicroGradientMeter:
     def listen(self, wanted: bool) -> None:
         """Whether the coming backward passes are measured: without hooks a step that is not costs nothing."""
         if wanted and not self.handles:
-            self.handles = [p.register_hook(self._tap) for p in self.parameters]
+            self.handles = [p.register_hook(self._tap) for p in self.parameters if p.requires_grad]  # some may be frozen since
         while not wanted and self.handles:
             self.handles.pop().remove()
 

@@ -1,7 +1,7 @@
 """Sums over large tensors: squared norms and dot products, in fp32 or better, without a copy of their size and without a host sync.
 
 On a CPU a bf16 tensor is widened a piece at a time into a buffer that stays in the cache: torch's own norm of bf16 in fp32 takes
-three times as long, and a sum over pieces in fp64 is more exact than one long fp32 sum.
+several times as long (docs/log.md), and a sum over pieces in fp64 is more exact than one long fp32 sum.
 """
 
 from collections.abc import Iterable, Iterator

@@ -337,6 +337,8 @@ class Stability:
         Keys as in the tag table, under `eval/`. The stabilizers do not see these passes. Call it inside `averaged_weights()`
         if they were there.
         """
+        if self.ema is not None:
+            self.ema.mend(self.engine)  # or a rank where averaged_weights() failed would wait here, the others there
         vector = self.loss.evaluation.vector()
         self.loss.evaluation.reset()
         sums = reduce_tokens(vector, self.group)

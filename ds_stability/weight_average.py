@@ -71,7 +71,7 @@ class WeightAverage:
         """The averages as the model's weights; afterwards the weights again, to the bit. Collective, between steps.
 
         Nested, or before the average has begun, it does nothing. After an error inside, the masters are the weights again at once,
-        and the parameters at the next forward: what fails on one rank must not wait for the others.
+        and the parameters at the next call of `mend`: what fails on one rank must not wait for the others.
         """
         if self.swapped or not self.updates:
             yield
@@ -90,7 +90,8 @@ class WeightAverage:
         refresh_parameters(engine)
 
     def mend(self, engine) -> None:
-        """Called before a forward and a checkpoint: makes the parameters anew after an error in `in_place_of_weights`."""
+        """Called before a forward, a checkpoint, an export and evaluation metrics: makes the parameters anew after an error in
+        `in_place_of_weights`."""
         if self.stale:
             self.stale = False
             release_parameters(engine)

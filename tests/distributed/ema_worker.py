@@ -4,19 +4,16 @@ Usage: as train_worker.py, SPEC.json OUT_DIR. Each run trains without the averag
 middle. Rank 0 writes OUT_DIR/NAME.pt and, last, OUT_DIR/DONE.
 """
 
-import gc
-import json
-import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from train_data import DEFAULTS, micro_batches  # noqa: E402
 from train_worker import gathered_weights, make_engine, train_step  # noqa: E402
+from worker_job import begin, end  # noqa: E402
 
 from ds_stability.export import gather_state_dict  # noqa: E402
 
@@ -73,12 +70,21 @@ def inside(engine, run, world):
         found["refused"], found["metrics"] = refused, engine.stability.evaluation_metrics()
     found["same_bits"] = same(before, local_state(engine))
     found["same_logits"] = torch.equal(plain, logits(engine, run, world))
-    try:
-        with engine.stability.averaged_weights():
-            logits(engine, run, world)
-            raise KeyError
-    except KeyError:
-        found["same_after_error"] = torch.equal(plain, logits(engine, run, world)) and same(before, local_state(engine))
+    state = gather_state_dict(engine)
+    for failing in ((0, 1), (0,)):
+        try:
+            with engine.stability.averaged_weights():
+                logits(engine, run, world)
+                if dist.get_rank() in failing:
+                    raise KeyError
+        except KeyError:
+            pass
+        if len(failing) == 1:
+            engine.stability.evaluation_metrics()  # a collective
+        after, logits_after = gather_state_dict(engine), logits(engine, run, world)  # collectives: on every rank, whatever they give
+        found[f"same_after_error_on_{len(failing)}"] = (
+            torch.equal(plain, logits_after) and same(before, local_state(engine))
+            and (state is None or same(bits(state.values()), bits(after.values()))))  # fmt: skip
     found["plain_logits"] = plain
     return found
 
@@ -122,7 +128,8 @@ def execute(run, out, rank, world):
         "resumed": same(whole["average"], resumed["average"]) and same(whole["end"], resumed["end"])
         and whole["updates"] == resumed["updates"] and whole["losses"][HALF:] == resumed["losses"],
         "elements": sum(tensor.numel() for tensor in whole["average"]),
-        "exact": all(found["same_bits"] and found["same_logits"] and found["same_after_error"] for found in whole["inside"].values()),
+        "exact": all(found["same_bits"] and found["same_logits"] for found in whole["inside"].values()),
+        "after_error": all(found[f"same_after_error_on_{ranks}"] for found in whole["inside"].values() for ranks in (1, 2)),
     }  # fmt: skip
     everywhere = [None] * world
     torch.distributed.all_gather_object(everywhere, checks)
@@ -132,17 +139,10 @@ def execute(run, out, rank, world):
 
 
 def main():
-    gc.freeze()  # DeepSpeed collects garbage for every engine: the imports need not be walked each time
-    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    deepspeed.init_distributed()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    spec, out, rank, world = begin()
     for run in spec["runs"]:
         execute({**DEFAULTS, **run}, out, rank, world)
-    dist.barrier()
-    if rank == 0:
-        (out / "DONE").touch()
-    sys.stdout.flush()
-    os._exit(0)  # a rare abort at teardown must not count (docs/footguns.md)
+    end(out)
 
 
 if __name__ == "__main__":

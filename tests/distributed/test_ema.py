@@ -78,7 +78,7 @@ def test_the_model_is_made_of_the_averages_inside(result_of, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("check", ["exact", "same_trajectory", "resumed"])
+@pytest.mark.parametrize("check", ["exact", "after_error", "same_trajectory", "resumed"])
 def test_to_the_bit_on_every_rank(result_of, name, check):
     assert [checks[check] for checks in result_of(name)["checks"]] == [True, True]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 EARLY = {"warmup_steps": 2, "ramp_steps": 1}
@@ -32,7 +33,7 @@ RUNS = {
     "half_resumed": {"block": HALF, "steps": 6, "arguments": SAVING, "resume": {"run": "half", "step": 3}},
     "half_evaluated": {"block": HALF, "steps": 6, "arguments": EVALUATING, "evaluation": ["a"], "evaluate_after": True},
     "two_sets": {"block": HALF, "arguments": EVALUATING, "evaluation": ["a", "b"]},
-    "averaged": {"block": HALF | {"ema": {"decay": 0.5}}, "arguments": EVALUATING, "evaluation": ["a", "b"]},
+    "averaged": {"block": HALF | {"ema": {"decay": 0.5}}, "arguments": EVALUATING, "evaluation": ["a", "b"], "save_averaged": True},
     "averaged_late": {"block": HALF | {"ema": {"start_step": 4}}},
     "four": {"block": FOUR, "steps": 6, "arguments": SAVING},
     "four_resumed": {"block": FOUR, "steps": 6, "arguments": SAVING, "resume": {"run": "four", "step": 3}},
@@ -227,6 +228,13 @@ def test_with_an_average_it_is_evaluated_and_the_training_does_not_see_it(runs):
         assert row["eval/a/tokens"] == other["eval/a/tokens"] and row["loss"] == other["loss"]
     assert [row["stability/weight_average_decay"] for row in averaged] == pytest.approx([2 / 11, 3 / 12, 4 / 13, 5 / 14])
     assert results["averaged"]["undone"]
+
+
+def test_save_model_saves_the_average_inside(runs):
+    out, results, _ = runs
+    saved, averages = load_file(out / "averaged" / "average" / "model.safetensors"), results["averaged"]["averages"]
+    assert equal(saved, averages)
+    assert not equal(averages, results["averaged"]["weights"])
 
 
 def test_an_average_that_would_never_begin_is_refused(runs):

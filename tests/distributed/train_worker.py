@@ -4,9 +4,7 @@ Usage: deepspeed --num_gpus N train_worker.py SPEC.json OUT_DIR. SPEC is {"runs"
 Rank 0 writes OUT_DIR/NAME.pt (weights, losses, metrics, state, collectives) and, last, OUT_DIR/DONE.
 """
 
-import gc
 import json
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +17,7 @@ from deepspeed import comm as dist
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from host_syncs import HostSyncs  # noqa: E402
 from train_data import DEFAULTS, build_model, held_out, micro_batches, num_items  # noqa: E402
+from worker_job import begin, end  # noqa: E402
 
 import ds_stability  # noqa: E402
 
@@ -171,21 +170,14 @@ def execute(run, out, rank, world):
 
 
 def main():
-    gc.freeze()  # DeepSpeed collects garbage for every engine: the imports need not be walked each time
-    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    deepspeed.init_distributed()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    spec, out, rank, world = begin()
     for run in spec["runs"]:
         run = {**DEFAULTS, **run}
         try:
             execute(run, out, rank, world)
         except (ds_stability.UserError, ds_stability.SkippedStepsError) as error:
             (out / f"{run['name']}.error.{rank}").write_text(f"{type(error).__name__}: {error}")
-    dist.barrier()
-    if rank == 0:
-        (out / "DONE").touch()
-    sys.stdout.flush()
-    os._exit(0)  # a rare abort at teardown must not count (docs/footguns.md)
+    end(out)
 
 
 if __name__ == "__main__":

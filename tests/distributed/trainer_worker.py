@@ -4,9 +4,7 @@ Usage: deepspeed --num_gpus N trainer_worker.py SPEC.json OUT. SPEC is {"runs": 
 Each run trains into OUT/NAME. Rank 0 writes OUT/NAME.pt and, last, OUT/DONE; an error of ours goes to OUT/NAME.error.RANK.
 """
 
-import gc
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +15,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from deepspeed import comm as dist
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from worker_job import begin, end
 
 PLAIN_INITIALIZE, PLAIN_CALLBACKS = deepspeed.initialize, list(transformers.trainer.DEFAULT_CALLBACKS)
 PLAIN_METHODS = [Trainer.train, Trainer.evaluate, Trainer.predict]
@@ -40,6 +39,7 @@ DEFAULTS = {
     "resume": None,  # {"run": name, "step": n}: continue a copy of that run's folder from checkpoint-n
     "evaluate_after": False,  # a prediction, then an evaluation, after the training
     "evaluate_only": False,
+    "save_averaged": False,  # save_model() with the average of the weights, into OUT/NAME/average
     "poison": False,  # weights that are NaN from the start
 }
 
@@ -172,6 +172,10 @@ def execute(run, out, rank):
         "trainable": [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad],
     }
     stability = ds_stability.engine_of(trainer.model)
+    if run["save_averaged"]:
+        with stability.stability.averaged_weights():
+            result["averages"] = full_weights(engine)
+            trainer.save_model(str(folder / "average"))
     result["extended"] = stability is not None
     if stability is not None:
         result["state"] = stability.stability.state_dict()
@@ -184,10 +188,7 @@ def execute(run, out, rank):
 
 
 def main():
-    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    gc.freeze()  # DeepSpeed collects garbage for every engine; walking all modules each time took a third of the run
-    deepspeed.init_distributed()  # before any TrainingArguments: Accelerate believes in one process else
-    rank = dist.get_rank()
+    spec, out, rank, _ = begin()
     untouched = deepspeed.initialize is PLAIN_INITIALIZE and transformers.trainer.DEFAULT_CALLBACKS == PLAIN_CALLBACKS
     for run in spec["runs"]:
         AcceleratorState._reset_state()  # it keeps the first DeepSpeed config of a process
@@ -196,11 +197,7 @@ def main():
             execute(run, out, rank)
         except (ds_stability.UserError, ds_stability.SkippedStepsError) as error:
             (out / f"{run['name']}.error.{rank}").write_text(f"{type(error).__name__}: {error}")
-    dist.barrier()
-    if rank == 0:
-        (out / "DONE").write_text(json.dumps({"import_changes_nothing": untouched}))
-    sys.stdout.flush()
-    os._exit(0)  # a rare abort at teardown must not count
+    end(out, json.dumps({"import_changes_nothing": untouched}))
 
 
 if __name__ == "__main__":

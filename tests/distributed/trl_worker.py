@@ -4,7 +4,6 @@ Usage: deepspeed --num_gpus N trl_worker.py SPEC.json OUT. SPEC is {"runs": [RUN
 Each run trains into OUT/NAME. Rank 0 writes OUT/NAME.pt and, last, OUT/DONE; an error of ours goes to OUT/NAME.error.RANK.
 """
 
-import gc
 import json
 import os
 import pydoc_data.topics
@@ -20,6 +19,7 @@ from datasets import Dataset  # noqa: E402
 from deepspeed import comm as dist  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from worker_job import begin, end  # noqa: E402
 
 import ds_stability  # noqa: E402
 import ds_stability.integrations.transformers as integration  # noqa: E402
@@ -99,10 +99,7 @@ def execute(run, out, rank):
 
 
 def main():
-    spec, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    gc.freeze()  # DeepSpeed collects garbage for every engine; walking all modules each time took a third of the run
-    deepspeed.init_distributed()  # before any TrainingArguments: Accelerate believes in one process else
-    rank = dist.get_rank()
+    spec, out, rank, _ = begin()
     if rank == 0:
         prepare(out / "model")
     dist.barrier()
@@ -113,11 +110,7 @@ def main():
             execute(run, out, rank)
         except ds_stability.UserError as error:
             (out / f"{run['name']}.error.{rank}").write_text(f"{type(error).__name__}: {error}")
-    dist.barrier()
-    if rank == 0:
-        (out / "DONE").touch()
-    sys.stdout.flush()
-    os._exit(0)  # a rare abort at teardown must not count
+    end(out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -69,6 +71,21 @@ def test_the_learning_rate_with_the_lowest_held_out_loss_is_chosen(tmp_path):
         loss = losses.get((cell.arm, cell.axes["learning_rate"]), 3.0)
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/cross_entropy": loss}) + "\n")
     assert cures.choose(plan, tmp_path / "runs", 0) == {"plain": 1e-3, "gem": 3e-4}
+
+
+@pytest.mark.parametrize(("error", "code", "words"), [
+    (UserError("the sweep x failed"), 2, "error: the sweep x failed\n"),
+    (KeyboardInterrupt(), 130, "\ninterrupted; the same command keeps what is complete\n"),
+])  # fmt: skip
+def test_a_sweep_that_fails_or_is_interrupted_is_told_in_one_line(monkeypatch, tmp_path, capsys, error, code, words):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["cures.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(cures.__file__, run_name="__main__")
+    assert ended.value.code == code and capsys.readouterr().err == words
 
 
 def test_table_ends_with_human_text_and_chance():

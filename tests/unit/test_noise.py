@@ -133,6 +133,16 @@ def test_a_meter_that_does_not_listen_has_no_hooks():
         meter.close()
 
 
+def test_a_parameter_frozen_during_training_is_left_out():
+    model = torch.nn.Linear(3, 2)
+    meter = MicroGradientMeter(model, torch.device("cpu"), 1)
+    model.bias.requires_grad_(False)
+    meter.listen(True)
+    meter.start(torch.tensor(1.0), 1, torch.tensor(1))
+    model(torch.ones(1, 3)).sum().backward()
+    assert len(meter.handles) == len(meter.squares) == 1
+
+
 def test_bfloat16_gradients_are_squared_in_fp32():
     model = torch.nn.Linear(4000, 1, bias=False).bfloat16()
     meter = MicroGradientMeter(model, torch.device("cpu"), 1)
