@@ -87,7 +87,8 @@ def provenance_section(result: Result, stem: str) -> str:
         "A smoke test of tiny models and few steps: its figures mean nothing." if result["settings"]["quick"] else ""
     )
     others = []
-    for name, part in [*result["cases"].items(), *result["growth"].items()]:
+    growth = {f"growth with {plan.AXES[axis]}": part for axis, part in result["growth"].items()}
+    for name, part in [*result["cases"].items(), *growth.items()]:
         git = part["measured"]["git"]
         if git != result["git"]:
             others.append(f"`{name}` at " + ("an unknown commit" if git is None else common.commits({"git": git})))
