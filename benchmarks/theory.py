@@ -167,7 +167,7 @@ def own_stream(language: SyntheticLanguage, contexts: Contexts, context_of: np.n
     true_unigram = language.unigram()
     order = np.argsort(-true_unigram, kind="stable")
     frequent = order[: np.searchsorted(np.cumsum(true_unigram[order]), 0.5) + 1]
-    modes = [math.exp(sum(math.log(max(table[context_of[state], token], FLOOR)) for state, token in zip(language._states(ids), ids)))
+    modes = [math.exp(sum(math.log(max(table[context_of[state], token], FLOOR)) for state, token in zip(language._states(ids), ids, strict=False)))
              for ids, _ in language.modes(100)]  # fmt: skip
     return {
         "own_entropy": float(visits[inside] @ entropies[context_of[inside]] / length),

@@ -1,4 +1,4 @@
-"""The one collective of an optimizer step: pack, all-reduce, unpack.
+"""The one collective of an optimizer step, where it has one: pack, all-reduce, unpack.
 
 One fp64 vector of under 4 KB, summed on the data-parallel communicator. ZeRO-3's own traffic runs on WORLD, and this one
 on `engine.seq_data_parallel_group`, a communicator of its own that is quiet at the step boundary, after backward
@@ -12,7 +12,10 @@ import torch
 from deepspeed import comm as dist
 
 from ds_stability.errors import StabilityConfigError
-from ds_stability.statistics import STEP_FIELDS, TOKEN_FIELDS, VECTOR_SIZE, StepSums
+from ds_stability.statistics import INDEX, STEP_FIELDS, TOKEN_FIELDS, VECTOR_SIZE, StepSums
+
+#: A wish to stop is heard after at most so long, or a step.
+HEAR_SECONDS = 1.0
 
 
 def reduce_step(vector: torch.Tensor, group) -> StepSums:
@@ -21,6 +24,34 @@ def reduce_step(vector: torch.Tensor, group) -> StepSums:
         raise ValueError(f"expected fp64 [{VECTOR_SIZE}], got {vector.dtype} {tuple(vector.shape)}")
     dist.all_reduce(vector, op=dist.ReduceOp.SUM, group=group)
     return StepSums(vector.cpu().numpy())
+
+
+class Pace:
+    """Which steps have the all-reduce: all, but at level 0 few of those that measure nothing (`statistics.interval` above 1).
+
+    ZeRO-3's own norm of the gradient is all that such a step knows, and every rank has it. What is left to hear is a wish to
+    stop, so there is an all-reduce at least every second. All ranks decide alike: by numbers that came with the last one.
+    """
+
+    def __init__(self, group, interval: int):
+        self.group, self.interval = group, interval
+        self.left = 0  # steps that still go without
+
+    def measures(self, applied_steps: int) -> bool:
+        """Whether a step has more to send than a norm and a wish."""
+        return applied_steps % self.interval == 0
+
+    def reduce(self, vector: torch.Tensor, applied_steps: int, grad_sq: torch.Tensor | None) -> StepSums:
+        """As `reduce_step`, or with nothing in it but `grad_sq`, which every rank knows where `interval` is above 1."""
+        if self.left > 0 and not self.measures(applied_steps):
+            self.left -= 1
+            known = torch.zeros_like(vector)
+            known[INDEX["grad_sq"]] = grad_sq
+            return StepSums(known.cpu().numpy())
+        sums = reduce_step(vector, self.group)
+        seconds = sums["seconds"] / dist.get_world_size(group=self.group)
+        self.left = max(0, int(HEAR_SECONDS / seconds) - 1) if seconds > 0 else 0
+        return sums
 
 
 def reduce_tokens(vector: torch.Tensor, group) -> StepSums:

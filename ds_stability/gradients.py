@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -28,7 +29,11 @@ class ReducedGradients:
 
     Attributes:
         replicas: ranks that hold the same values; local sums are divided by it before the all-reduce.
+        norm_is_global: whether every rank knows the whole |reduced gradient|^2 without a collective of ours.
+        whole: that number after `squared_norm`, loss scale divided out; fp64.
     """
+
+    norm_is_global, whole = False, None
 
     def __init__(self, engine):
         self.engine, self.optimizer = engine, engine.optimizer
@@ -152,7 +157,9 @@ class Zero3Gradients(ReducedGradients):
         super().__init__(engine)
         # After an overflow in fp16 DeepSpeed takes no norm: to ask for one would be a collective more.
         self.exact, self.shared = exact, not (exact and self.optimizer.dtype == torch.float16)
+        self.norm_is_global = self.exact and self.shared
         self.norm_groups: list[torch.Tensor] = []
+        self.first = float(dist.get_rank(group=engine.seq_data_parallel_group) == 0)
         self.replicas = 1
         if self.optimizer.swap_optimizer:
             raise StabilityConfigError(
@@ -181,11 +188,12 @@ class Zero3Gradients(ReducedGradients):
         return [self.optimizer.optimizer, *backup]
 
     def squared_norm(self, device):
-        if not (self.exact and self.shared):
+        if not self.norm_is_global:
             return super().squared_norm(device)
         self.norm_groups = self.optimizer._get_norm_groups()
         norms = [torch.where(norm >= 0, norm, torch.nan).to(device).double() for norm in self.norm_groups]  # -1: not finite
-        return torch.stack(norms).square().sum() / (self.loss_scale**2 * self.engine.seq_dp_world_size)
+        self.whole = torch.stack(norms).square().sum() / self.loss_scale**2
+        return self.whole * self.first  # one rank brings it in, so that the sum over ranks is the same number
 
     @contextmanager
     def norm_known(self, squared):

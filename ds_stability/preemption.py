@@ -1,7 +1,7 @@
 """SIGTERM and SIGUSR1 as a wish to stop: finish the step, save, leave with exit code 75.
 
 A signal reaches one rank, or the ranks of one host, at any moment; all must stop after the same step. The wish therefore
-rides in the step's one all-reduce (statistics.py, `stop_requests`), and `Stability.stop_requested` is the answer that all
+rides in the step's one all-reduce (statistics.py, `stop_requests`; collective.py says which steps have none), and `Stability.stop_requested` is the answer that all
 ranks share. The interpreter runs Python handlers only between bytecodes, which a rank that waits in a collective never
 reaches. So the C-level handler writes to a pipe (signal.set_wakeup_fd), and a thread reads it.
 """

@@ -138,7 +138,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: no name that a file can have
-        raise UserError(f"{path}: cannot be read ({isinstance(error, OSError) and error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({(isinstance(error, OSError) and error.strerror) or error})") from None
     steps: list[dict[str, Any]] = []
     for _, row in _rows(Path(path), data):
         if steps and steps[-1]["step"] == row["step"]:
@@ -173,7 +173,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_value(value: Any) -> bool:
-    return value is None or isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _repair(path: Path, resume_step: int | None) -> None:

@@ -34,7 +34,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def is_text(value: str) -> bool:
     """Whether a string can be written as UTF-8 and given to the operating system: no half surrogate pair, no NUL."""
-    return value.isascii() and "\0" not in value or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
+    return (value.isascii() and "\0" not in value) or not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
 
 
 def read_text(path: str | os.PathLike, limit: int = MAX_YAML_BYTES) -> str:

@@ -11,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 
 from ds_stability.causal_model import causal_lm, has_pretrained_weights
-from ds_stability.collective import reduce_step, reduce_tokens, require_equal
+from ds_stability.collective import Pace, reduce_tokens, require_equal
 from ds_stability.config import StabilityConfig
 from ds_stability.console import agree
 from ds_stability.controller import Setting
@@ -90,6 +90,7 @@ class Stability:
             self.governor_probe = GovernorProbe(self.engine, self.loss, self.governance, self.group, self.device)
         self.high_frequency_ids: list[int] | None = None
         self.measured = False  # whether the step being closed has token statistics
+        self.pace = Pace(self.group, self.config.statistics.interval if self.gradients.norm_is_global else 1)
         self._load_high_frequency(model)
         self.noise = None
         if self.config.statistics.gradient_noise_scale and self.loss is not None:
@@ -200,7 +201,7 @@ class Stability:
         return inputs
 
     def reduce(self) -> StepSums:
-        """Pack this rank's sums, reduce them over all ranks, and start the accumulators anew."""
+        """Pack this rank's sums, reduce them over all ranks where that is due, and start the accumulators anew."""
         tokens = torch.zeros(len(TOKEN_FIELDS) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
         if self.loss is not None:
             self.measured = self.loss.measure and self.loss.forwards > 0
@@ -210,21 +211,22 @@ class Stability:
             tokens = self.loss.train.vector()
             self.loss.train.reset()
         count = len(TOKEN_FIELDS)
-        return reduce_step(torch.cat([tokens[:count], self._step_fields(), tokens[count:]]), self.group)
+        vector = torch.cat([tokens[:count], self._step_fields(), tokens[count:]])
+        return self.pace.reduce(vector, self.applied_steps, self.gradients.whole)
 
     def _step_fields(self) -> torch.Tensor:
-        """This rank's STEP_FIELDS, fp64; no host synchronization."""
+        """This rank's STEP_FIELDS, fp64; no host synchronization. The update's norms wait for a step that measures."""
         values = torch.zeros(len(STEP_FIELDS), dtype=torch.float64, device=self.device)
-        scale = self.gradients.loss_scale
         values[:3] = self.hooks.products(self.device)
         if self.noise is not None:
             self.noise.close()
             values[3:6] = self.noise.sums
-            values[5] /= scale
+            values[5] /= self.gradients.loss_scale
             self.noise.clear()
-        values[6:8] = self.meter.sums
-        self.meter.clear()
-        values[8] = float(self.stop_wish())
+        if self.pace.measures(self.applied_steps):
+            values[6:8] = self.meter.sums
+            self.meter.clear()
+        values[8], values[9] = float(self.stop_wish()), time.perf_counter() - self.started
         return values
 
     @contextmanager
@@ -285,8 +287,7 @@ class Stability:
             )
 
     def _step_metrics(self, sums: StepSums, elapsed: float) -> dict[str, float | None]:
-        known = self.loss is not None and self.loss.high_frequency_V is not None
-        metrics = token_metrics(sums, known) | gradient_metrics(sums)
+        metrics = token_metrics(sums, self.loss is not None and self.loss.high_frequency_V is not None) | gradient_metrics(sums)
         if not self.measured:
             metrics["stability/tokens"] = None  # 0 would say that every label was masked
         clips = [clip for clip in (self.engine.gradient_clipping(), self.clipping and self.clipping.threshold) if clip]

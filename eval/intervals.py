@@ -32,7 +32,7 @@ def row(measured: Measured, resamples: int = 2000, seed: int = 0) -> dict[str, A
     used = measured.counts > 0
     totals, counts = measured.totals[used], measured.counts[used]
     interval = _interval(totals, counts, measured.value, resamples, seed)
-    result = {"metric": measured.metric, "decoding": measured.decoding, "split": measured.split, "value": measured.value, "n": int(round(float(measured.counts.sum()))) if measured.n is None else measured.n,
+    result = {"metric": measured.metric, "decoding": measured.decoding, "split": measured.split, "value": measured.value, "n": round(float(measured.counts.sum())) if measured.n is None else measured.n,
               "units": int(used.sum()), **interval, "unit": measured.unit, "settings": measured.settings,
               "note": _notes(measured.note, interval["note"])}  # fmt: skip
     return _clip_share(result)

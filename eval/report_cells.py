@@ -150,9 +150,9 @@ def _key(row: dict[str, Any]) -> Key:
     texts = [*key[1:], row.get("unit"), row.get("note")]
     if not isinstance(key.metric, str) or not all(text is None or isinstance(text, str) for text in texts):
         raise TypeError("a name that is no text")
-    if not all(number is None or isinstance(number, float) or type(number) is int and abs(number) < 2**63 for number in numbers):
+    if not all(number is None or isinstance(number, float) or (type(number) is int and abs(number) < 2**63) for number in numbers):
         raise TypeError("a figure that is no number")
-    if not isinstance(row.get("settings"), dict | None) or _chance(row) is not None and _number(_chance(row)) is None:
+    if not isinstance(row.get("settings"), dict | None) or (_chance(row) is not None and _number(_chance(row)) is None):
         raise TypeError("settings that are no object, or no number in them")
     return key
 
@@ -171,14 +171,14 @@ def _read_object(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _Broken(f"{path.name}: cut off or broken at line {error.lineno} ({error.msg})") from None
     except (OSError, ValueError) as error:  # ValueError: a number of thousands of digits
-        raise _Broken(f"{path.name}: cannot be read ({isinstance(error, OSError) and error.strerror or error})") from None
+        raise _Broken(f"{path.name}: cannot be read ({(isinstance(error, OSError) and error.strerror) or error})") from None
     if not isinstance(value, dict):
         raise _Broken(f"{path.name}: holds a {type(value).__name__}, not an object")
     return value
 
 
 def _number(value: Any) -> float | None:
-    known = isinstance(value, float) and math.isfinite(value) or type(value) is int and abs(value) < 2**63
+    known = (isinstance(value, float) and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
     return float(value) if known else None
 
 

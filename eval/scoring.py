@@ -11,6 +11,7 @@ rep/l and wrep/l: Welleck et al. 2020 (arXiv 1908.04319), section 6. Bits per by
 
 import hashlib
 import io
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def encode_with_bytes(tokenizer: Any, text: str) -> tuple[list[int], list[int] |
     ends = np.maximum.accumulate([0, *(end for _, end in encoded["offset_mapping"])])
     if len(ends) > 1:
         ends[-1] = len(text)
-    sizes = [len(text[start:end].encode("utf-8", "surrogatepass")) for start, end in zip(ends, ends[1:])]
+    sizes = [len(text[start:end].encode("utf-8", "surrogatepass")) for start, end in itertools.pairwise(ends)]
     return encoded["input_ids"], sizes
 
 
@@ -198,7 +199,7 @@ class ScoringTask:
             mass_V += (logits_CV - log_partition.unsqueeze(1)).exp().sum(dim=0, dtype=torch.float64).cpu().numpy()
             predicted += logits_CV.argmax(dim=-1).tolist()
         finite = bool(np.isfinite(sums).all() and np.isfinite(mass_V).all())
-        values: dict[str, Any] = dict(zip(("nats", "entropy", "top1_mass", "high_frequency_mass"), sums.tolist()))
+        values: dict[str, Any] = dict(zip(("nats", "entropy", "top1_mass", "high_frequency_mass"), sums.tolist(), strict=True))
         if high_V is None:
             values["high_frequency_mass"] = None
         values |= repetition_counts(window, predicted)

@@ -1,5 +1,6 @@
 """Does a figure move with the level? Spearman's rho with an interval, a trend test, and where the curve turns back."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -96,7 +97,7 @@ def trend(architecture: str, arm: str, key: Key, drawn: dict[Group, Draws]) -> T
     found.rho_low, found.rho_high, found.note = _rho_interval(levels, [curve[level] for level in levels], key)
     found.direction = FALLS if found.rho < 0 else RISES if found.rho > 0 else FLAT
     sign = np.sign(found.rho)
-    for below, above in zip(levels, levels[1:], strict=False):
+    for below, above in itertools.pairwise(levels):
         turn = _reversal(below, above, curve, key, sign)
         if turn is not None:
             found.reversals.append(turn)

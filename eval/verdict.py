@@ -101,7 +101,7 @@ def _prediction(entry: Any, where: str) -> Prediction:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(sorted(FIELDS))}")
     direction, bounds = entry.get("direction"), [entry.get("minimum"), entry.get("maximum")]
     given = [bound for bound in bounds if bound is not None]
-    if (direction is None) == (not given) or not (direction is None or isinstance(direction, str) and direction in DIRECTIONS):
+    if (direction is None) == (not given) or not (direction is None or (isinstance(direction, str) and direction in DIRECTIONS)):
         raise UserError(f"{where}: give either direction ({' or '.join(DIRECTIONS)}), or minimum, maximum or both")
     if not _numbers(given):
         raise UserError(f"{where}: minimum and maximum are numbers, not {show_value(given)}")

@@ -116,7 +116,7 @@ def _cached_stores(
 
         *stores, mode = _build_stores(spec, tokenizer)
         try:
-            for path, store in zip(paths, stores):
+            for path, store in zip(paths, stores, strict=True):
                 store.save(path)
             write_atomic(mode_path, json.dumps(mode) + "\n")
         except OSError as error:

@@ -63,7 +63,7 @@ class DataSpec:
             value, default = getattr(self, field.name), field.default
             kinds = (int,) if field.name.startswith("max_") else (str,) if default is None else (type(default),)
             kinds += (int,) if kinds == (float,) else ()
-            if not (value is None and default is None or isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,))):
+            if not ((value is None and default is None) or (isinstance(value, kinds) and isinstance(value, bool) == (kinds == (bool,)))):
                 raise UserError(f"{field.name}: {value!r} is no {kinds[0].__name__}")
         self._check_values()
 
@@ -114,7 +114,7 @@ class DataSpec:
 def file_kind(path: str) -> str:
     """"text", "json" or "parquet" by suffix (`.gz` is looked through for the first two). UserError for any other."""
     name = os.path.basename(path).lower()
-    stem, suffix = os.path.splitext(name.removesuffix(".gz"))
+    suffix = os.path.splitext(name.removesuffix(".gz"))[1]
     if suffix in TEXT_SUFFIXES:
         return "text"
     if suffix in JSON_SUFFIXES:

@@ -198,7 +198,7 @@ class SyntheticLanguage:
     def unigram(self) -> np.ndarray:
         """P(token), float64 [V], EOS included and BOS not."""
         probabilities = np.zeros(self.vocab_size)
-        for share, arcs in zip(self.stationary(), self._arcs):
+        for share, arcs in zip(self.stationary(), self._arcs, strict=True):
             for arc in arcs.values():
                 probabilities[self._groups[arc.group]] += share * arc.probability * self._emissions[arc.emission]
         return probabilities
@@ -210,7 +210,7 @@ class SyntheticLanguage:
         stationary = self.stationary()
         joint[BOS_ID] = stationary[0] * self._distribution(0)
         distributions = [self._distribution(state) for state in range(len(self._arcs))]
-        for share, arcs in zip(stationary, self._arcs):
+        for share, arcs in zip(stationary, self._arcs, strict=True):
             for arc in arcs.values():
                 after = following.setdefault((arc.group, arc.emission), np.zeros(self.vocab_size))
                 after += share * arc.probability * distributions[arc.target]
@@ -300,7 +300,7 @@ class SyntheticLanguage:
             bound, logprob, index, target = options[state][rank]
             if rank + 1 < len(options[state]):
                 heapq.heappush(heap, (-(so_far + options[state][rank + 1][0]), ids, state, rank + 1, so_far))
-            heapq.heappush(heap, (-(so_far + bound), ids + [index], target, 0, so_far + logprob))
+            heapq.heappush(heap, (-(so_far + bound), [*ids, index], target, 0, so_far + logprob))
         return found
 
     @cached_property
@@ -322,7 +322,7 @@ class SyntheticLanguage:
             for arc in arcs:
                 logs = np.log(self._emissions[arc.emission]) + math.log(arc.probability)
                 options[state] += [(float(log + best[arc.target]), float(log), index, arc.target)
-                                   for index, log in zip(self._groups[arc.group], logs)]
+                                   for index, log in zip(self._groups[arc.group], logs, strict=True)]
             options[state].sort(key=lambda option: (-option[0], option[2]))
             best[state] = options[state][0][0] if options[state] else 0.0
         return best, options
@@ -335,7 +335,7 @@ class SyntheticLanguage:
         words = self._words(ids)
         sites: list[AgreementSite] = []
         heads = [-1]  # for each symbol of the stack, the position of the noun that it goes back to
-        for position, (index, state) in enumerate(zip(words, states)):
+        for position, (index, state) in enumerate(zip(words, states, strict=False)):  # one state more
             arc = self._arcs[state][self._group_of[index]]
             if arc.group[0] in ("transitive", "intransitive", "reflexive"):
                 sites.append(self._site(words, position, heads[arc.controller], state, arc.group))
@@ -359,7 +359,7 @@ class SyntheticLanguage:
         pairs = {}
         for group, members in self._groups.items():
             if group[0] in ("noun", "transitive", "intransitive", "reflexive"):
-                pairs |= zip(members, self._groups[(group[0], other[group[1]], *group[2:])])
+                pairs |= zip(members, self._groups[(group[0], other[group[1]], *group[2:])], strict=True)
         return pairs
 
     # Text

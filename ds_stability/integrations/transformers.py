@@ -269,12 +269,12 @@ class StabilityCallback(TrainerCallback):
             stability.restart_clock()
             if self.recorder is not None:
                 self.recorder.record(state.global_step, values)
-        if stability is not None and stability.applied_steps == 1 and not stability.metrics["stability/tokens"]:
-            if state.is_world_process_zero:
-                logger.warning(
-                    "this trainer's loss does not pass through the model's loss function: token statistics are null"
-                    " (for SFTTrainer, \"loss_path\": \"linear\" in the stability block gives them)"
-                )
+        first = state.is_world_process_zero and stability is not None and stability.applied_steps == 1
+        if first and not stability.metrics["stability/tokens"]:
+            logger.warning(
+                "this trainer's loss does not pass through the model's loss function: token statistics are null"
+                " (for SFTTrainer, \"loss_path\": \"linear\" in the stability block gives them)"
+            )
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:  # Trainer takes a stop for the end of the epoch, which it is not

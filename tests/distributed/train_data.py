@@ -24,6 +24,7 @@ DEFAULTS = {
     # {"step": s, "rank": r, "value": "nan"}: rank r's embedding output becomes NaN in step s; with "micro" in that micro-batch
     # only, with "at" "logits" those are multiplied, with "at" "loss" the loss.
     "poison": None,
+    "hear_seconds": 1.0,  # collective.HEAR_SECONDS
     "masked": None,  # {"step": s, "micro": m, "rank": r}: every label of that micro-batch is -100
     "history": False,  # keep the stability state after every step
     "high_frequency": None,

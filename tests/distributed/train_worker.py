@@ -20,6 +20,7 @@ from train_data import DEFAULTS, build_model, held_out, micro_batches, num_items
 from worker_job import begin, end  # noqa: E402
 
 import ds_stability  # noqa: E402
+from ds_stability import collective  # noqa: E402
 
 
 def base_config(run, world):
@@ -138,6 +139,7 @@ def collectives():
 
 
 def execute(run, out, rank, world):
+    collective.HEAR_SECONDS = run["hear_seconds"]
     engine = make_engine(run, world)
     losses, metrics, history, counts, syncs, first = [], [], [], [], [], 0
     if run["load"]:

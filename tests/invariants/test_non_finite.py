@@ -25,6 +25,7 @@ STAGES = {
 RUNS = [{"name": name, "steps": 6, "poison": POISON, "stability": CONTROL, **case} for name, case in STAGES.items()]
 RUNS += [
     {"name": "level0", "steps": 6, "poison": POISON, "stability": {"level": 0.0}},
+    {"name": "level0_silent", "steps": 6, "poison": POISON, "stability": {"level": 0.0, "statistics": {"interval": 2}}, "hear_seconds": 1e9},
     {"name": "fp16", "steps": 16, "lr": 1e-4, "stability": CONTROL, "ds": {"fp16": {"enabled": True, "initial_scale_power": 24}}},
     {"name": "all_steps", "steps": 6, "poison": {**POISON, "step": "all"}, "stability": {**CONTROL, "max_skipped_steps": 2}},
     {"name": "masked_one", "steps": 4, "masked": {"step": 2, "micro": 0, "rank": 1}, "stability": CONTROL},
@@ -50,6 +51,13 @@ def test_one_bad_number_on_one_rank_skips_the_step_everywhere(results, name):
     assert result["states"][0] == result["states"][1]
     assert all(torch.isfinite(w).all() for w in result["weights"].values())
     assert result["metrics"][3]["cross_entropy"] is None and result["metrics"][4]["cross_entropy"] is not None
+
+
+def test_a_step_without_our_collective_is_skipped_by_its_norm(results):
+    result = results["level0_silent"]
+    assert [bool(row.get("skipped")) for row in result["metrics"]] == [False, False, False, True, False, False]
+    assert result["decisions"][0] == result["decisions"][1] and result["metrics"][3]["grad_norm"] is None
+    assert result["state"]["applied_steps"] == 5 and all(torch.isfinite(w).all() for w in result["weights"].values())
 
 
 def test_the_skipped_step_leaves_gain_and_moments_as_they_were(results):

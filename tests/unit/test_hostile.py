@@ -224,10 +224,10 @@ def test_nothing_of_ours_is_pickled_or_run_through_a_shell():
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
                 assert not {"dill", "cloudpickle", "joblib", "shelve", "marshal"} & set(names), path
-                assert "pickle" not in names or path.name == "setup_model.py" and isinstance(node, ast.ImportFrom), path  # the name of an error
+                assert "pickle" not in names or (path.name == "setup_model.py" and isinstance(node, ast.ImportFrom)), path  # the name of an error
                 if isinstance(node, ast.Call):
                     assert ast.unparse(node.func) not in ("eval", "exec", "os.system", "os.popen", "__import__", "yaml.load", "yaml.unsafe_load"), path
-                    assert not any(word.arg == "shell" or word.arg == "allow_pickle" and ast.unparse(word.value) != "False" for word in node.keywords), path
+                    assert not any(word.arg == "shell" or (word.arg == "allow_pickle" and ast.unparse(word.value) != "False") for word in node.keywords), path
     for path, call in calls("torch.load"):
         safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
         assert safe or path.name in ("universal.py", "universal_worker.py"), path  # DeepSpeed's own checkpoint: docs/security.md

@@ -140,7 +140,7 @@ def test_beta_zero_is_the_identity_to_the_bit(earlier):
         before = grad.clone()
         averaging.apply(0, grad)
         averaging.update(None)
-        assert step < 5 and earlier or torch.equal(grad.view(torch.int32), before.view(torch.int32))
+        assert (step < 5 and earlier) or torch.equal(grad.view(torch.int32), before.view(torch.int32))
 
 
 def test_averaging_state_is_the_weight_and_a_skipped_step_leaves_it():

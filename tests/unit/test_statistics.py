@@ -73,7 +73,7 @@ def expected_metrics(values):
 
 def test_layout_is_unique_and_below_4_kb():
     assert len(set(FIELDS)) == len(FIELDS) == len(TOKEN_FIELDS) + len(STEP_FIELDS)
-    assert VECTOR_SIZE == len(FIELDS) + 3 * NUM_BINS and VECTOR_SIZE * 8 <= 4096
+    assert len(FIELDS) + 3 * NUM_BINS == VECTOR_SIZE and VECTOR_SIZE * 8 <= 4096
     vector = np.arange(VECTOR_SIZE, dtype=float)
     sums = StepSums(vector)
     assert [sums[name] for name in FIELDS] == list(range(len(FIELDS)))
