@@ -114,7 +114,7 @@ def cases(quick: bool = False) -> dict[str, Case]:
             "SmolLM2-135M, vocabulary 49,152, bf16",
             llama(49_152, 576, 30, 9, 3, 1536, tied=True), True, 2, 256,
             {LEVEL_5: Target(1.0, 0.7), ALL_FOUR: Target(1.10, 0.7, copy=True)}, large, (*large, HEADLESS),
-            rounds=8, steps=1, warmup_steps=2, profile_steps=1, memory_steps=2, step_seconds=4.0,
+            rounds=16, steps=1, warmup_steps=2, profile_steps=1, memory_steps=2, step_seconds=4.0,
         ),
         "vocabulary": Case(
             "fresh LLaMA, vocabulary 151,936, fp32", llama(151_936, 256, 2, 4, 2, 768, tied=True), False, 4, 512,
