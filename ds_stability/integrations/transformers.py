@@ -269,8 +269,8 @@ class StabilityCallback(TrainerCallback):
             stability.restart_clock()
             if self.recorder is not None:
                 self.recorder.record(state.global_step, values)
-        first = state.is_world_process_zero and stability is not None and stability.applied_steps == 1
-        if first and not stability.metrics["stability/tokens"]:
+        first = stability is not None and stability.applied_steps == 1
+        if first and not stability.metrics["stability/tokens"] and state.is_world_process_zero:
             logger.warning(
                 "this trainer's loss does not pass through the model's loss function: token statistics are null"
                 " (for SFTTrainer, \"loss_path\": \"linear\" in the stability block gives them)"
