@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 PLAIN, TRL, LIGER = "plain DeepSpeed", "TRL, chunked loss", "Liger, fused loss"
+AGAIN = "plain DeepSpeed, once more"  # how far two equal engines are apart
 HEADLESS = "plain DeepSpeed without head and loss"  # its memory: what no loss can get below
 LEVEL_0, INTERVAL_10, LEVEL_5 = "level 0", "level 0, statistics.interval 10", "level 0.5"
 CHUNKED, ALL_FOUR = "level 0.5, loss_path chunked", "level 0.5, all four stabilizers"
@@ -20,6 +21,7 @@ _FAMILIES = {"feedback": {}, "clipping": {}, "averaging": {}, "regularization": 
 #: Arm -> whose loss it trains on, and its `stability` block (None: plain DeepSpeed's engine).
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {"loss": "own", "stability": None},
+    AGAIN: {"loss": "own", "stability": None},
     LEVEL_0: {"loss": "own", "stability": {"level": 0.0}},
     INTERVAL_10: {"loss": "own", "stability": {"level": 0.0, "statistics": {"interval": 10}}},
     LEVEL_5: {"loss": "own", "stability": {"level": 0.5, "controller": _AT_ONCE}},
@@ -107,7 +109,7 @@ def cases(quick: bool = False) -> dict[str, Case]:
         "observe": Case(
             "tiny LLaMA, vocabulary 2,048, fp32", tiny(), False, 4, 128,
             {LEVEL_0: Target(1.10, 1.1), INTERVAL_10: Target(1.02), ALL_FOUR: Target(1.10, 1.1, copy=True)},
-            (PLAIN, LEVEL_0, INTERVAL_10, LEVEL_5, CHUNKED, ALL_FOUR, TRITON, TRL, LIGER),
+            (PLAIN, AGAIN, LEVEL_0, INTERVAL_10, LEVEL_5, CHUNKED, ALL_FOUR, TRITON, TRL, LIGER),
             (PLAIN, LEVEL_0, LEVEL_5, ALL_FOUR, TRITON, TRL, LIGER), rounds=40,
         ),
         "smollm2": Case(

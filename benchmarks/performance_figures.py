@@ -12,7 +12,8 @@ Result = Mapping[str, Any]
 COLORS = {plan.LEVEL_0: figures.BLUE, plan.LEVEL_5: figures.ORANGE, plan.ALL_FOUR: figures.GREEN}
 SHORT = {plan.PLAIN: "plain", plan.LEVEL_0: "level 0", plan.INTERVAL_10: "level 0,\ninterval 10", plan.LEVEL_5: "level .5",
          plan.CHUNKED: "level .5,\nchunked", plan.ALL_FOUR: "all four", plan.TRITON: "level .5,\ntriton", plan.TRL: "TRL",
-         plan.LIGER: "Liger", plan.HEADLESS: "no loss"}  # fmt: skip
+         plan.LIGER: "Liger", plan.HEADLESS: "no loss",
+         plan.AGAIN: "plain again"}  # fmt: skip
 
 
 CASES_TITLE = "Relative to plain DeepSpeed ZeRO-3: every round and the median; short lines are the targets"

@@ -9,6 +9,7 @@ case, alone in its process. Rank 0 writes `output`: a list with a result per cas
 
 import gc
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -77,8 +78,8 @@ def time_case(case: dict[str, Any], progress: Progress) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     names = list(trainers)
     for number in range(case["rounds"]):
-        shift = number % len(names)  # each round starts with another arm: a drift of the machine meets all alike
-        for name in names[shift:] + names[:shift]:
+        # In a new order each round, the same on all ranks: what a turn leaves behind in caches and heap meets all alike.
+        for name in random.Random(number).sample(names, len(names)):
             seconds[name].append(turn(trainers[name], case["steps"]))
             progress.add(case["steps"])
     result = {"seconds": seconds, "not_run": refused, "world_size": dist.get_world_size(), "messages": {}, "profile": {},
