@@ -14,7 +14,7 @@ from deepspeed import comm as dist
 from ds_stability.errors import StabilityConfigError
 from ds_stability.statistics import INDEX, STEP_FIELDS, TOKEN_FIELDS, VECTOR_SIZE, StepSums
 
-#: A wish to stop is heard after at most so long, or a step.
+#: A wish to stop is heard after about so long (longer once, where steps suddenly take longer), or a step.
 HEAR_SECONDS = 1.0
 
 
@@ -30,7 +30,7 @@ class Pace:
     """Which steps have the all-reduce: all, but at level 0 few of those that measure nothing (`statistics.interval` above 1).
 
     ZeRO-3's own norm of the gradient is all that such a step knows, and every rank has it. What is left to hear is a wish to
-    stop, so there is an all-reduce at least every second. All ranks decide alike: by numbers that came with the last one.
+    stop, so there is an all-reduce about every second. All ranks decide alike: by numbers that came with the last one.
     """
 
     def __init__(self, group, interval: int):
