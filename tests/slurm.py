@@ -113,6 +113,8 @@ class Slurm:
     def start_now(self, job: str) -> None:
         """Begin a job that was queued again, which has to wait for two minutes from the end of its earlier start."""
         deadline = time.monotonic() + 60
+        self.wait_for(job, "PENDING", seconds=60)  # not COMPLETING: its nodes have done with the earlier start
+        time.sleep(2)  # nodes compare whole seconds: a start in that of the kill is refused ("Job credential revoked")
         while self.state(job) in ("PENDING", "COMPLETING"):  # the two minutes are set late: an early change is lost
             assert time.monotonic() < deadline, self.details(job)
             self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
