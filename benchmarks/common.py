@@ -191,7 +191,7 @@ def _processor() -> str:
 def provenance(result: dict[str, Any]) -> str:
     """How the figures came about: command, commit, versions, seeds, machine, settings."""
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in VERSIONS if result["versions"].get(name))
-    seeds = ", ".join(f"{name} {value}" for name, value in result["seeds"].items())
+    seeds = ", ".join(f"{name} {value}" for name, value in result["seeds"].items()) or "none"
     machine = result["machine"]
     place = ", ".join(machine["accelerators"]) or machine["processor"]
     settings = ", ".join(f"{name} {_plain(value)}" for name, value in result["settings"].items())

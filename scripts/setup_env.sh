@@ -14,4 +14,8 @@ else
     "$venv/bin/python" -m pip install --quiet "$TORCH"
 fi
 "$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+if [ ! -e "$venv/bin/deepspeed" ]; then # PYTHON has it, and its command would start ranks without this project
+    printf '#!%s\nfrom deepspeed.launcher.runner import main\n\nmain()\n' "$(cd "$venv/bin" && pwd)/python" > "$venv/bin/deepspeed"
+    chmod +x "$venv/bin/deepspeed"
+fi
 touch "$venv/.ready"
