@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -143,7 +142,7 @@ def test_usage_errors_are_one_line_too(argv, capsys):
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_the_command_needs_no_torch_and_is_fast(tmp_path):
+def test_the_command_imports_no_torch(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(GOOD))
     for name in ("torch", "deepspeed", "transformers"):  # would fail if imported
@@ -151,15 +150,8 @@ def test_the_command_needs_no_torch_and_is_fast(tmp_path):
         (tmp_path / name / "__init__.py").write_text("raise ImportError('must not be imported')")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-m", "ds_stability.cli", "inspect", str(path)]
-    seconds = []
-    for _ in range(3):  # the best of three, as the machine may be busy
-        start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0 and "loss path: linear" in done.stdout, done.stderr
-        if seconds[-1] < 1:
-            break
-    assert min(seconds) < 1
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 0 and "loss path: linear" in done.stdout, done.stderr
 
 
 def test_a_closed_pipe_is_no_error(tmp_path):

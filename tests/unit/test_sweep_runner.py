@@ -201,8 +201,11 @@ def test_a_cell_in_use_is_waited_for(lab, lock):
     held = try_lock(lab.path / lock.format(cell=cell))
     thread = threading.Thread(target=one.train)
     thread.start()
-    time.sleep(1.5)
-    assert lab.seeds() == [1] and thread.is_alive() and f"another process trains {cell}" in one.progress.stream.getvalue()
+    deadline = time.monotonic() + 30
+    while f"another process trains {cell}" not in one.progress.stream.getvalue() or lab.seeds() != [1]:
+        assert time.monotonic() < deadline, one.progress.stream.getvalue()
+        time.sleep(0.05)
+    assert thread.is_alive()
     (lab.path / cell).mkdir(exist_ok=True)
     (lab.path / cell / "DONE").write_text("")  # DONE counts though the lock is held: ending can hang
     thread.join(30)
