@@ -50,7 +50,9 @@ class Pace:
             return StepSums(known.cpu().numpy())
         sums = reduce_step(vector, self.group)
         seconds = sums["seconds"] / dist.get_world_size(group=self.group)
-        self.left = max(0, int(HEAR_SECONDS / seconds) - 1) if seconds > 0 else 0
+        # Once heard, a wish is heard in every step: a loop may look for it in every tenth one.
+        hurried = seconds <= 0 or sums["stop_requests"] > 0
+        self.left = 0 if hurried else max(0, int(HEAR_SECONDS / seconds) - 1)
         return sums
 
 
