@@ -20,7 +20,7 @@ PIECE_DEFAULT = 2**20
 class UpdateMeter:
     """|update|^2 and |parameters|^2 of this rank's partitions, in every `interval`-th applied step (0: never).
 
-    The values of a step are known after its collective, so they travel with the next one. torch's AdamW leaves behind what
+    The values of a step are known after its collective, so they travel with a later one. torch's AdamW leaves behind what
     its update was made of; for another optimizer the parameters are copied before the step.
     """
 

@@ -225,7 +225,8 @@ class Stability:
             self.noise.clear()
         if self.pace.measures(self.applied_steps):
             values[6:8] = self.meter.sums
-            self.meter.clear()
+        if self.pace.measures(self.applied_steps) or self.meter.active:
+            self.meter.clear()  # of several updates the last one waits: a resumed run could not go on adding in the same order
         values[8], values[9] = float(self.stop_wish()), time.perf_counter() - self.started
         return values
 

@@ -34,7 +34,7 @@ STEP_FIELDS = (
     "micro_grad_sq",  # sum over micro-batches of tokens * |gradient of the mean loss over its own tokens|^2
     "micro_batches",  # how many of them had a supervised token
     "coefficient",  # sum over micro-batches of (d loss / d token loss) * tokens, over world size
-    "update_sq",  # |parameter update|^2, summed over the measured steps since it was last sent
+    "update_sq",  # |parameter update|^2, of the last measured step since it was last sent
     "parameter_sq",  # |parameters|^2 before these updates
     "stop_requests",  # ranks that were asked to stop after this step (preemption.py)
     "seconds",  # since the last step ended (collective.py, `Pace`)

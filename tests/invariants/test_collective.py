@@ -10,7 +10,7 @@ CLOCK = ("step_seconds", "tokens_per_second")
 ALL_FAMILIES = {"feedback": {}, "clipping": {}, "averaging": {}, "regularization": {"kind": "init_decay"}}
 RUNS = [
     {"name": "plain", "engine": "plain", "steps": 5, "ds": COMMS},
-    {"name": "observed", "stability": {"level": 0.0}, "steps": 5, "ds": COMMS},
+    {"name": "observed", "stability": {"level": 0.0, "statistics": {"update_ratio_interval": 2}}, "steps": 5, "ds": COMMS},
     {"name": "controlled", "steps": 5, "ds": COMMS,
      "stability": {"level": 0.5, "stabilizers": ALL_FAMILIES, "controller": {"warmup_steps": 2}, "ema": {}}},
     *({"name": name, "stability": {"level": 0.0, "statistics": {"interval": 3, "update_ratio_interval": 2}}, "steps": 8, "ds": COMMS,
@@ -63,6 +63,7 @@ def test_silent_steps_record_what_the_others_do(results):
     rows, every = results["seldom"]["metrics"], results["observed"]["metrics"]
     assert [row["stability/entropy"] is not None for row in rows] == [step % 3 == 0 for step in range(8)]
     assert [row["stability/update_ratio"] is not None for row in rows] == [step in (3, 6) for step in range(8)]
+    assert rows[3]["stability/update_ratio"] == every[3]["stability/update_ratio"]  # that of step 2: the one of step 0 was not sent
     assert [row["grad_norm"] for row in rows[:5]] == [row["grad_norm"] for row in every]
     assert results["seldom"]["states"][0] == results["seldom"]["states"][1]
 
