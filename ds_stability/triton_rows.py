@@ -104,7 +104,8 @@ def _sums(raw_ptr, high_ptr, row, rows, words, width, factor, cap, slope, CAPPED
             x = tl.where(inside, x, float("-inf"))  # a soft-cap has made it finite
             # Whether a maximum keeps NaN differs between devices; here it never does, and the sums do.
             risen = tl.maximum(peak, tl.max(tl.where(x == x, x, float("-inf")), axis=0))
-            fall = tl.where(peak == float("-inf"), 0.0, peak - risen)  # nothing is summed yet, or only zeros
+            # Nothing is summed yet, or only zeros; and a fall from the lowest number of fp32 must not make a sum of several infinite.
+            fall = tl.where(peak == float("-inf"), 0.0, _above(peak - risen))
             shrink = tl.exp(fall)
             low = _above(x - tl.where(risen == float("-inf"), 0.0, risen))
             e = tl.exp(low)

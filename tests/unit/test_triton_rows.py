@@ -146,13 +146,15 @@ def test_a_collapsed_model_keeps_its_small_entropy(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_with_nan_and_infinities_are_judged_as_by_torch(block, dtype):
-    """NaN in the last block, +inf, -inf everywhere, a label of -inf, a first block of -inf, logits at the ends of the range."""
-    raw, labels = make_rows(dtype, rows=9)
+    """NaN in the last block, +inf, -inf everywhere, a label of -inf, a first block of -inf, logits at the ends of the range,
+    two blocks of the lowest number."""
+    raw, labels = make_rows(dtype, rows=10)
     raw[0, -1], raw[1, 0], raw[2, 5], raw[3] = math.nan, math.nan, math.inf, -math.inf
     raw[4, labels[4]] = -math.inf
     raw[5, :17], labels[5] = -math.inf, 20
     raw[6, 3], raw[6, 30] = torch.finfo(dtype).min, torch.finfo(dtype).max
     raw[7, :] = torch.finfo(dtype).min
+    raw[8, :33], labels[8] = torch.finfo(dtype).min, 35  # two blocks of what masks take for -inf, then the others
     found, gradient = run(raw, labels, LossSpec(high_frequency_V=high_set()))
     logits = raw.float()
     wanted = statistics_in_place(logits, torch.empty_like(logits), labels[:, None], high_set())[0]
