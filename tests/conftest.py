@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# No example has a time limit (200 ms by default): beside ranks and compilers a machine of two cores may stand still for that long.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 if not torch.cuda.is_available():
     # Triton decides when it is imported whether its kernels are interpreted, and any test module may bring that about.

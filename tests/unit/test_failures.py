@@ -132,10 +132,12 @@ def test_a_rank_whose_sibling_has_ended_leaves_at_once_and_names_it():
 def test_a_forked_child_dies_of_the_signal_and_its_parent_does_not_hear_it():
     code = RANK.split("print", 1)[0] + """
 import signal
+ready, tell = os.pipe()
 child = os.fork()
 if child == 0:
+    os.write(tell, b"!")
     time.sleep(60)
-time.sleep(0.3)
+os.read(ready, 1)
 os.kill(child, signal.SIGTERM)
 status = os.waitpid(child, 0)[1]
 time.sleep(0.2)
