@@ -17,11 +17,11 @@ from ds_stability.console import agree
 from ds_stability.controller import Setting
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
-from ds_stability.gathered import hook_ids
 from ds_stability.gradients import reduced_gradients
 from ds_stability.held_out import GovernorProbe
 from ds_stability.histogram import NUM_BINS
-from ds_stability.loss import StabilityLoss, cross_entropy
+from ds_stability.install_loss import install_loss
+from ds_stability.loss import cross_entropy
 from ds_stability.masters import require_masters
 from ds_stability.measures import StabilityMeasures
 from ds_stability.noise import MicroGradientMeter
@@ -79,7 +79,7 @@ class Stability:
         self.measures = StabilityMeasures()
         self.meter = UpdateMeter(self.config.statistics.update_ratio_interval, self.device)
         self.hooks = OptimizerHooks(self.gradients, self.averaging, self.regularization, self.meter)
-        self.loss = self._install_loss(model, engine)
+        self.loss = install_loss(engine, model, self.config, self.device, self.group)
         self.preparation, self.own_text = None, False
         if self.loss is not None:
             self.loss.base_objective = self.loss.objective = token_objective(self.config.objective)
@@ -104,30 +104,6 @@ class Stability:
         self.alarm_state: dict | None = None  # of a checkpoint, for the alarm that is still to be made
         self.started = time.perf_counter()
         self._prepare()
-
-    def _install_loss(self, model, engine) -> StabilityLoss | None:
-        path = self.config.resolved_loss_path
-        ours = path != "stock"
-        if model is None:
-            if ours or self.config.active:
-                raise StabilityConfigError(
-                    f"{type(engine.module).__name__} does not compute its loss with transformers' ForCausalLMLoss, which a "
-                    "level above 0 and the governor act through; train a transformers causal LM, or set stability.level to 0"
-                )
-            return None
-        stock = model.loss_function
-        if isinstance(stock, StabilityLoss):  # of an earlier engine
-            stock.release()
-            stock = stock.stock
-        loss = StabilityLoss(model, stock, ours, self.device, self.config.statistics.chunk_size)
-        loss.rank, loss.kernel = dist.get_rank(group=self.group), self.config.loss_kernel
-        loss.interleaved = ours and engine.zero_optimization_stage() == 3
-        if path == "linear":
-            from ds_stability.fused_head import fuse_head  # imports transformers
-
-            fuse_head(model, loss, engine.module, frozenset(hook_ids(engine)))
-        model.loss_function = loss
-        return loss
 
     def _load_high_frequency(self, model) -> None:
         path = self.config.statistics.high_frequency_file
@@ -255,26 +231,7 @@ class Stability:
         elapsed, self.started = now - self.started, now
         self.stop_requested = sums["stop_requests"] > 0
         metrics = self._step_metrics(sums, elapsed)
-        if applied:
-            for stabilizer in self.stabilizers.values():
-                metrics.update(stabilizer.metrics())
-                if not (self.own_text and stabilizer is self.governance):  # which has seen nothing, and does not act
-                    stabilizer.update(sums)
-            if self.governance is not None and self.governance.warning and not self.own_text and dist.get_rank() == 0:
-                logger.warning(self.governance.warning)
-            if self.ema is not None:
-                self.ema.update()
-                metrics.update(self.ema.metrics())
-            self.measures.update(sums)
-            self.applied_steps += 1
-            self.skipped_in_a_row = 0
-        else:
-            metrics["skipped"] = True
-            self.skipped_steps += 1
-            # A dynamic fp16 loss scale finds its range by overflowing: those steps are no sign of a broken run.
-            finite_loss = bool(np.isfinite(sums.vector[: len(TOKEN_FIELDS)]).all())
-            searching = finite_loss and self.gradients.scaling_down(self.loss_scale)
-            self.skipped_in_a_row += 0 if searching else 1
+        metrics |= self._applied(sums) if applied else self._skipped(sums)
         metrics |= self.measures.metrics() | {"stability/skipped_steps": self.skipped_steps}
         self.metrics = as_metrics(metrics)
         self._prepare()
@@ -286,6 +243,31 @@ class Stability:
                 f"{self.skipped_in_a_row} optimizer steps in a row were skipped, the last for non-finite "
                 f"{', '.join(non_finite_fields(sums)) or 'gradient norm'}; the weights are those of the last applied step"
             )
+
+    def _applied(self, sums: StepSums) -> dict[str, float | None]:
+        """Metrics of the parts that act, which then learn from the step."""
+        metrics: dict[str, float | None] = {}
+        for stabilizer in self.stabilizers.values():
+            metrics.update(stabilizer.metrics())
+            if not (self.own_text and stabilizer is self.governance):  # which has seen nothing, and does not act
+                stabilizer.update(sums)
+        if self.governance is not None and self.governance.warning and not self.own_text and dist.get_rank() == 0:
+            logger.warning(self.governance.warning)
+        if self.ema is not None:
+            self.ema.update()
+            metrics.update(self.ema.metrics())
+        self.measures.update(sums)
+        self.applied_steps += 1
+        self.skipped_in_a_row = 0
+        return metrics
+
+    def _skipped(self, sums: StepSums) -> dict[str, bool]:
+        """Count the step. A dynamic fp16 loss scale finds its range by overflowing: those steps are no sign of a broken run."""
+        self.skipped_steps += 1
+        finite_loss = bool(np.isfinite(sums.vector[: len(TOKEN_FIELDS)]).all())
+        searching = finite_loss and self.gradients.scaling_down(self.loss_scale)
+        self.skipped_in_a_row += 0 if searching else 1
+        return {"skipped": True}
 
     def _step_metrics(self, sums: StepSums, elapsed: float) -> dict[str, float | None]:
         metrics = token_metrics(sums, self.loss is not None and self.loss.high_frequency_V is not None) | gradient_metrics(sums)

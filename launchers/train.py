@@ -199,6 +199,17 @@ def join(command: Command) -> list[str]:
     return hosts
 
 
+def raise_if_stopped(trainer, callback: RunCallback, run: RunDir, signals: StopSignals) -> None:
+    """Raises StoppedError or AlarmStoppedError where the run ended before its last step."""
+    if callback.stopped and callback.alarmed:
+        alarm = engine_of(trainer.model).stability.alarm
+        raise AlarmStoppedError(f"by the alarm at {alarm.reason}; step {trainer.state.global_step} is saved in "
+                                f"{run.checkpoint(trainer.state.global_step)}")  # fmt: skip
+    if callback.stopped:
+        raise StoppedError(f"by {signals.received or 'a signal to another rank'} after step {trainer.state.global_step}, which is "
+                           f"saved in {run.checkpoint(trainer.state.global_step)}; --resume_from_checkpoint auto goes on from it")
+
+
 def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     """The run, within the process group: data, model, training, export.
 
@@ -237,13 +248,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         checkpoint = os.fspath(convert_checkpoint(command))
         trainer.add_callback(LoadedOnce(checkpoint))
     trainer.train(resume_from_checkpoint=checkpoint)
-    if callback.stopped and callback.alarmed:
-        alarm = engine_of(trainer.model).stability.alarm
-        raise AlarmStoppedError(f"by the alarm at {alarm.reason}; step {trainer.state.global_step} is saved in "
-                                f"{run.checkpoint(trainer.state.global_step)}")  # fmt: skip
-    if callback.stopped:
-        raise StoppedError(f"by {signals.received or 'a signal to another rank'} after step {trainer.state.global_step}, which is "
-                           f"saved in {run.checkpoint(trainer.state.global_step)}; --resume_from_checkpoint auto goes on from it")
+    raise_if_stopped(trainer, callback, run, signals)
     finish(trainer, callback, run, tokenizer, keeps_cache)
 
 

@@ -134,6 +134,22 @@ def full_weights(engine):
     return weights
 
 
+def facts(trainer, engine):
+    """What a trained run is judged by."""
+    return {
+        "weights": full_weights(engine),
+        "log": trainer.state.log_history,
+        "engine": type(engine).__name__,
+        "is_deepspeed": isinstance(engine, deepspeed.DeepSpeedEngine),
+        "is_accelerators": trainer.accelerator.deepspeed_engine_wrapped.engine is engine,
+        "unwraps": trainer.accelerator.unwrap_model(engine) is trainer.model,
+        "world": [trainer.accelerator.num_processes, engine.world_size, engine.zero_optimization_stage()],
+        "undone": deepspeed.initialize is PLAIN_INITIALIZE and transformers.trainer.DEFAULT_CALLBACKS == PLAIN_CALLBACKS
+        and [Trainer.train, Trainer.evaluate, Trainer.predict] == PLAIN_METHODS,
+        "trainable": [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad],
+    }
+
+
 def execute(run, out, rank):
     folder, checkpoint = out / run["name"], None
     if run["resume"]:
@@ -159,18 +175,7 @@ def execute(run, out, rank):
         if rank == 0:
             torch.save({"log": trainer.state.log_history, "engine": type(engine).__name__}, out / f"{run['name']}.pt")
         return
-    result = {
-        "weights": full_weights(engine),
-        "log": trainer.state.log_history,
-        "engine": type(engine).__name__,
-        "is_deepspeed": isinstance(engine, deepspeed.DeepSpeedEngine),
-        "is_accelerators": trainer.accelerator.deepspeed_engine_wrapped.engine is engine,
-        "unwraps": trainer.accelerator.unwrap_model(engine) is trainer.model,
-        "world": [trainer.accelerator.num_processes, engine.world_size, engine.zero_optimization_stage()],
-        "undone": deepspeed.initialize is PLAIN_INITIALIZE and transformers.trainer.DEFAULT_CALLBACKS == PLAIN_CALLBACKS
-        and [Trainer.train, Trainer.evaluate, Trainer.predict] == PLAIN_METHODS,
-        "trainable": [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad],
-    }
+    result = facts(trainer, engine)
     stability = ds_stability.engine_of(trainer.model)
     if run["save_averaged"]:
         with stability.stability.averaged_weights():

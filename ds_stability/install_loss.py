@@ -1,0 +1,43 @@
+"""Puts our loss in the place of a model's own, for one engine."""
+
+import torch
+from deepspeed import comm as dist
+
+from ds_stability.config import StabilityConfig
+from ds_stability.errors import StabilityConfigError
+from ds_stability.gathered import hook_ids
+from ds_stability.loss import StabilityLoss
+
+
+def install_loss(engine, model, config: StabilityConfig, device: torch.device, group) -> StabilityLoss | None:
+    """The loss that `model` computes from now on, or None where there is no model whose loss we know, at level 0.
+
+    Args:
+        engine: that trains `model`. model: transformers causal LM inside it, or None. config: the resolved block.
+        device: of the engine. group: its data-parallel communicator.
+
+    Raises:
+        StabilityConfigError: no such model, and something is to act through its loss.
+    """
+    path = config.resolved_loss_path
+    ours = path != "stock"
+    if model is None:
+        if ours or config.active:
+            raise StabilityConfigError(
+                f"{type(engine.module).__name__} does not compute its loss with transformers' ForCausalLMLoss, which a "
+                "level above 0 and the governor act through; train a transformers causal LM, or set stability.level to 0"
+            )
+        return None
+    stock = model.loss_function
+    if isinstance(stock, StabilityLoss):  # of an earlier engine
+        stock.release()
+        stock = stock.stock
+    loss = StabilityLoss(model, stock, ours, device, config.statistics.chunk_size)
+    loss.rank, loss.kernel = dist.get_rank(group=group), config.loss_kernel
+    loss.interleaved = ours and engine.zero_optimization_stage() == 3
+    if path == "linear":
+        from ds_stability.fused_head import fuse_head  # imports transformers
+
+        fuse_head(model, loss, engine.module, frozenset(hook_ids(engine)))
+    model.loss_function = loss
+    return loss
