@@ -146,7 +146,7 @@ def growth(quick: bool = False, max_ranks: int = 4) -> dict[str, list[Point]]:
     def point(model: dict[str, Any], batch_size: int, block_size: int, steps: int) -> Case:
         tokens, words = batch_size * block_size, model["vocab_size"]
         seconds = 0.03 + tokens * words / 4e7 + tokens * block_size / 2e7 + parameters(model) / 1e8
-        return Case("", model, False, batch_size, block_size, {}, GROWTH_ARMS, rounds=24 if seconds < 0.1 else 12, steps=steps, warmup_steps=3,
+        return Case("", model, False, batch_size, block_size, {}, GROWTH_ARMS, rounds=48 if seconds < 0.1 else 24, steps=steps, warmup_steps=3,
                     profile_steps=0, step_seconds=seconds)  # fmt: skip
 
     if quick:
