@@ -6,7 +6,7 @@ turn of ten steps.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PLAIN, TRL, LIGER = "plain DeepSpeed", "TRL, chunked loss", "Liger, fused loss"
@@ -48,7 +48,8 @@ class Target:
 @dataclass(frozen=True)
 class Case:
     """One model and batch. `model`: keys of LlamaConfig; `arms`: those that take turns; `steps`: of a turn; `memory`: arms whose
-    memory is measured, each alone, over `memory_steps`: 2 at least, as moments and averages are there from the second on."""
+    memory is measured, each alone, over `memory_steps`: 2 at least, as moments and averages are there from the second on;
+    `zero`: keys of `zero_optimization` in place of the shipped ones."""
 
     title: str
     model: Mapping[str, Any]
@@ -58,6 +59,7 @@ class Case:
     targets: Mapping[str, Target]
     arms: Sequence[str]
     memory: Sequence[str] = ()
+    zero: Mapping[str, Any] = field(default_factory=dict)
     rounds: int = 20
     steps: int = 10
     warmup_steps: int = 5
@@ -105,6 +107,7 @@ def cases(quick: bool = False) -> dict[str, Case]:
             profile_steps=1, memory_steps=2,
         )}  # fmt: skip
     large, few = (PLAIN, LEVEL_5, CHUNKED, ALL_FOUR, TRITON, TRL, LIGER), (PLAIN, LEVEL_5, ALL_FOUR, TRITON, TRL, LIGER)
+    smollm2 = llama(49_152, 576, 30, 9, 3, 1536, tied=True)
     return {
         "observe": Case(
             "tiny LLaMA, vocabulary 2,048, fp32", tiny(), False, 4, 128,
@@ -114,9 +117,14 @@ def cases(quick: bool = False) -> dict[str, Case]:
         ),
         "smollm2": Case(
             "SmolLM2-135M, vocabulary 49,152, bf16",
-            llama(49_152, 576, 30, 9, 3, 1536, tied=True), True, 2, 256,
+            smollm2, True, 2, 256,
             {LEVEL_5: Target(1.0, 0.7), ALL_FOUR: Target(1.10, 0.7, copy=True)}, large, (*large, HEADLESS),
             rounds=16, steps=1, warmup_steps=2, profile_steps=1, memory_steps=2, step_seconds=4.0,
+        ),
+        "freed": Case(
+            "SmolLM2-135M, weights freed after use, bf16", smollm2, True, 2, 256,
+            {}, (PLAIN, LEVEL_5, ALL_FOUR), (PLAIN, LEVEL_5, ALL_FOUR, HEADLESS), {"stage3_max_reuse_distance": 0},
+            rounds=10, steps=1, warmup_steps=2, profile_steps=1, memory_steps=2, step_seconds=5.0,
         ),
         "vocabulary": Case(
             "fresh LLaMA, vocabulary 151,936, fp32", llama(151_936, 256, 2, 4, 2, 768, tied=True), False, 4, 512,

@@ -102,10 +102,11 @@ def build_model(case: dict[str, Any]) -> torch.nn.Module:
 
 
 def ds_config(case: dict[str, Any]) -> dict[str, Any]:
-    """ds_configs/loop_zero3.json (`reduce_bucket_size` 5e6) with the case's batch and precision."""
+    """ds_configs/loop_zero3.json (`reduce_bucket_size` 5e6) with the case's batch, precision and changes of ZeRO."""
     config = json.loads(DS_CONFIG.read_text(encoding="utf-8"))
     for key in ("optimizer", "stability"):
         config.pop(key)
+    config["zero_optimization"] |= case["zero"]
     return config | {"train_micro_batch_size_per_gpu": case["batch_size"], "bf16": {"enabled": case["bf16"]}}
 
 

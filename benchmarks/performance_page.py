@@ -140,7 +140,8 @@ def cases_section(result: Result, stem: str) -> str:
             f"### {case['title'][0].upper()}{case['title'][1:]}",
             f"{case['world_size']} ranks of {tokens} tokens ({case['batch_size']} x {case['block_size']}), "
             f"{plan.parameters(case['model']) / 1e6:.1f} million parameters, {case['model']['num_hidden_layers']} layers of width "
-            f"{case['model']['hidden_size']}; {case['rounds']} rounds, each a turn of {case['steps']} step{'s' if case['steps'] > 1 else ''} of every engine.",
+            f"{case['model']['hidden_size']}; {case['rounds']} rounds, each a turn of {case['steps']} step{'s' if case['steps'] > 1 else ''} of every engine."
+            + "".join(f" `{key}` is {value}." for key, value in case.get("zero", {}).items()),  # not in older results
             common.markdown_table(*time_table(case)),
             common.markdown_table(*memory_table(case)),
         ]

@@ -234,7 +234,7 @@ def test_named_parts_leave_out_the_others(monkeypatch):
         cases, axes = performance.chosen(performance.parse_arguments())
         return list(cases), list(axes)
 
-    assert chosen() == (["observe", "smollm2", "vocabulary"], ["sequence", "vocabulary", "ranks", "parameters"])
+    assert chosen() == (["observe", "smollm2", "freed", "vocabulary"], ["sequence", "vocabulary", "ranks", "parameters"])
     assert chosen("--cases", "observe") == (["observe"], []) and chosen("--growth", "ranks") == ([], ["ranks"])
     assert chosen("--cases", "observe", "--growth", "ranks") == (["observe"], ["ranks"])
     assert chosen("--quick") == (["quick"], ["vocabulary"])
