@@ -25,6 +25,7 @@ from ds_stability.eval.aggregate import draw, group_rows, groups_of
 from ds_stability.eval.report_cells import Cell, Key, read_evaluation
 from ds_stability.launchers.sweep_plan import Plan, load_plan
 from ds_stability.run_dir import RunDir, write_json_atomic
+from ds_stability.safe_read import parse_yaml
 
 SWEEP = common.REPOSITORY / "launchers" / "sweeps" / "cures.yaml"
 BASE, UNTOUCHED, PLAIN = "base", "untouched", "plain"
@@ -89,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def sweep_document(arguments: argparse.Namespace) -> dict[str, Any]:
     """The shipped sweep with the texts and arms that were asked for."""
-    document = yaml.safe_load(SWEEP.read_text(encoding="utf-8"))
+    document = parse_yaml(SWEEP.read_text(encoding="utf-8"))
     arms = document["arms"]
     if arguments.arms is not None:
         unknown = sorted(set(arguments.arms) - arms.keys())
@@ -134,7 +135,7 @@ def measurement(evaluation: Path, folder: Path, chosen: Mapping[str, float], arg
         cell.arm = plain_arm(cell)
     best = [cell for cell in cells if cell.arm == UNTOUCHED or rate_of(cell) == chosen.get(cell.arm)]
     suites = sorted({cell.meta["suite"]["name"] for cell in cells})
-    flags = yaml.safe_load(SWEEP.read_text(encoding="utf-8"))["flags"]
+    flags = parse_yaml(SWEEP.read_text(encoding="utf-8"))["flags"]
     names = {"pretrained_on": arguments.pretrain_file, "fine_tuned_on": arguments.train_file}
     settings = {"cells": len(cells), "suite": ", ".join(suites), "steps": flags["max_steps"], "blocks": flags["max_train_samples"],
                 "block_size": flags["block_size"], **{key: [Path(name).name for name in files] if files else "builtin:prose"

@@ -83,15 +83,17 @@ def read_yaml(path: str | os.PathLike, what: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
+    """The value of a YAML text, by the rules of YAML 1.2 (yaml_core.py).
 
     Raises:
         ValueError: whatever is wrong with it, with the line.
     """
     import yaml
 
+    from ds_stability.yaml_core import CoreLoader
+
     try:
-        loader = yaml.SafeLoader(text)
+        loader = CoreLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -155,8 +157,8 @@ class _Check:
             seen.add(key)
 
     def _scalar(self, node: Any) -> Any:
-        """The value of a scalar. The library raises odd errors for what looks like a number or a date and is none (0x_,
-        2001-99-99), and for a tag that does not fit (!!bool x)."""
+        """The value of a scalar. The library raises odd errors for a number of too many digits, and for a tag that does not
+        fit (!!bool x, !!timestamp 2001-99-99)."""
         try:
             value = self.loader.construct_object(node)
             hash(value)

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from ds_stability.console import agree
 from ds_stability.errors import UserError
+from ds_stability.safe_read import parse_yaml
 
 from .records import Measured
 
@@ -39,12 +39,12 @@ PYTHON_SEED, OTHER_SEED = 0, 1234
 
 def local_tasks() -> dict[str, Path]:
     """YAML files of our own tasks, by task name."""
-    return {yaml.safe_load(path.read_text(encoding="utf-8"))["task"]: path for path in sorted(TASKS.glob("*.yaml"))}
+    return {parse_yaml(path.read_text(encoding="utf-8"))["task"]: path for path in sorted(TASKS.glob("*.yaml"))}
 
 
 def local_config(path: Path) -> dict[str, Any]:
     """Config of one of our tasks, its data files made absolute: lm-eval would look for them in the working directory."""
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = parse_yaml(path.read_text(encoding="utf-8"))
     files = config["dataset_kwargs"]["data_files"]
     config["dataset_kwargs"]["data_files"] = {split: str(path.parent / name) for split, name in files.items()}
     return config

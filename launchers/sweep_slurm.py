@@ -16,13 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ds_stability.errors import UserError
 from ds_stability.launchers.sweep import Outcome, Sweep
 from ds_stability.launchers.sweep_folder import SweepFolder
 from ds_stability.launchers.sweep_hosts import Hosts
 from ds_stability.launchers.sweep_plan import Cell, Plan
+from ds_stability.safe_read import parse_yaml
 
 POLL_SECONDS = 2
 CANCEL_SECONDS = 60
@@ -39,7 +38,10 @@ def parse_parameters(words: Sequence[str]) -> dict[str, Any]:
         key, separator, value = word.partition("=")
         if not separator or not key.isidentifier():
             raise UserError(f"--slurm {word}: allowed is KEY=VALUE, such as slurm_partition=gpu, timeout_min=600 or gpus_per_node=8")
-        parameters[key] = yaml.safe_load(value)
+        try:
+            parameters[key] = parse_yaml(value)
+        except ValueError as error:
+            raise UserError(f"--slurm {word}: the value is no YAML ({error})") from None
     cluster = parameters.get("cluster", CLUSTERS[0])
     if cluster not in CLUSTERS:
         raise UserError(f"--slurm cluster={cluster}: allowed are {', '.join(CLUSTERS)}")

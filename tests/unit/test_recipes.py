@@ -111,3 +111,14 @@ def test_a_governor_that_nobody_starts_is_refused(command_of, tmp_path):
 def test_level_of_the_text_recipe_is_a_schedule(command_of):
     command = command_of(next(recipe for recipe in RECIPES if recipe.stem == "smollm2_text"))
     assert [command.stability.family_level("feedback", step) for step in (0, 50, 55, 60, 999)] == [0, 0, 0.25, 0.5, 0.5]
+
+
+def test_a_recipe_is_read_as_written(command_of, tmp_path):
+    """YAML 1.1 reads False, 1200.5, "1e-4" and 8 here."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("config_name: ds_configs/models/llama_tiny.json\ndataset_name: builtin:prose\ndeepspeed: ds_configs/zero3_cpu.json\n"
+                      "save_strategy: no\nstability_level: 20:0.5\nlearning_rate: 1e-4\nseed: 010\nrun_name: 2026-12-01\n")  # fmt: skip
+    command = command_of(recipe)
+    assert command.training["save_strategy"] == "no" and command.training["run_name"] == "2026-12-01"
+    assert command.training["learning_rate"] == 1e-4 and command.training["seed"] == 10
+    assert command.stability.to_dict()["level"] == [[20, 0.5]]

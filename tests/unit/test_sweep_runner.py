@@ -341,7 +341,8 @@ class TestSlurm:
         assert not _processes_of(lab.folder / "script.py")
 
     def test_parameters(self, lab):
-        assert parse_parameters(["slurm_partition=gpu", "gpus_per_node=8"]) == {"slurm_partition": "gpu", "gpus_per_node": 8}
+        assert parse_parameters(["slurm_partition=gpu", "gpus_per_node=8", "slurm_time=1:30:00"]) == {
+            "slurm_partition": "gpu", "gpus_per_node": 8, "slurm_time": "1:30:00"}
         for word, message in (("gpu", "KEY=VALUE"), ("cluster=moon", "allowed are slurm, local"), ("nodes=2", "one node")):
             with pytest.raises(UserError, match=message):
                 parse_parameters([word])
