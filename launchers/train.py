@@ -41,7 +41,7 @@ from ds_stability.integrations.transformers import enable  # noqa: E402
 from ds_stability.launch_environment import complete_environment  # noqa: E402
 from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
 from ds_stability.launchers.checkpoints import WholeCheckpoints, checkpoint_to_load  # noqa: E402
-from ds_stability.launchers.data_order import OrderedTrainer, fill_last_step  # noqa: E402
+from ds_stability.launchers.data_order import OrderedTrainer, check_order, in_order  # noqa: E402
 from ds_stability.launchers.setup_model import build_model, load_config, load_tokenizer  # noqa: E402
 from ds_stability.launchers.setup_run import (  # noqa: E402
     RunCallback,
@@ -222,6 +222,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     if changed:
         command = dataclasses.replace(command, ds_config=load_universal(command.ds_config))
     args = training_arguments(command)
+    check_order(args, command.data.streaming)
     if changed:
         check_flags(args)
     set_seed(args.seed)
@@ -239,7 +240,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     callback = RunCallback(command, run, tokenizer, train_data if eval_data is None else eval_data, frequent,
                            evaluate_last=eval_data is not None, signals=signals)  # fmt: skip
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    trainer = StabilityTrainer(model=model, args=args, train_dataset=fill_last_step(train_data, global_batch),
+    trainer = StabilityTrainer(model=model, args=args, train_dataset=in_order(train_data, [(0, global_batch)]),
                                eval_dataset=eval_data, data_collator=default_data_collator, callbacks=[callback])  # fmt: skip
     agree(lambda: start_run(command, run, identity, facts, frequent, args))
     agree(lambda: require_visible(run))

@@ -135,9 +135,16 @@ class StreamingBlocks(IterableDataset):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         skip, self.skip_blocks = self.skip_blocks, 0
-        for index, parts in enumerate(self._shuffled(self._parts())):
+        for index, parts in enumerate(self.parts(self.epoch)):
             if index >= skip and index % step == first:
-                yield make_block(*parts, self.block_size, self.pad_id)
+                yield self.block(parts)
+
+    def parts(self, epoch: int) -> Iterator[tuple]:
+        """What the blocks of pass `epoch` are made of, in its order, for `block`; not shared out over loader workers."""
+        return self._shuffled(self._parts(), epoch)
+
+    def block(self, parts: tuple) -> dict[str, torch.Tensor]:
+        return make_block(*parts, self.block_size, self.pad_id)
 
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids, starts, supervised) of each full block."""
@@ -164,11 +171,11 @@ class StreamingBlocks(IterableDataset):
         if count < self.min_blocks:
             check_enough_blocks(count, self.min_blocks, count * size + len(ids), size)
 
-    def _shuffled(self, parts: Iterator[tuple]) -> Iterator[tuple]:
+    def _shuffled(self, parts: Iterator[tuple], epoch: int) -> Iterator[tuple]:
         if not self.shuffle_buffer:
             yield from parts
             return
-        generator = random.Random(f"{self.seed} {self.epoch}")
+        generator = random.Random(f"{self.seed} {epoch}")
         buffer: list[tuple] = []
         for part in parts:
             if len(buffer) < self.shuffle_buffer:
