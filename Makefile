@@ -4,6 +4,7 @@
 # files instead of the built-in prose; a broken run is taken up where it stopped.
 # make bench: step time and memory relative to plain DeepSpeed, 70 minutes on two idle cores (docs/performance.md).
 # make faults: 30 seeded kills of a rank, each run started again and compared (docs/reliability.md).
+# make test-no-fp16: tests with fp16 in them as on a CPU that has none (DS_STABILITY_TEST_NO_FP16=1): its cases are skipped, the others run.
 # PYTHON=... chooses the interpreter (an installed torch is used as it is); TORCH=... what to install where there is none.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,7 +15,7 @@ RUN = $(VENV)/bin/python
 TEXT ?=
 ON_TEXT = $(if $(TEXT),--set dataset_name=null --set train_file=$(TEXT) --set unwrap=true)
 
-.PHONY: demo test test-slow reproduce reproduce-quick faults soak bench docs clean
+.PHONY: demo test test-slow test-no-fp16 reproduce reproduce-quick faults soak bench docs clean
 
 demo: $(VENV)/.ready
 	$(RUN) benchmarks/demo.py --output runs/demo
@@ -24,6 +25,9 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
+
+test-no-fp16: $(VENV)/.ready
+	DS_STABILITY_TEST_NO_FP16=1 $(RUN) -m pytest tests/invariants/test_non_finite.py tests/unit/test_precision_support.py
 
 reproduce-quick: $(VENV)/.ready
 	$(VENV)/bin/ds-stability sweep reproduce_quick $(ON_TEXT)

@@ -15,8 +15,9 @@ from typing import Any
 from common import REPOSITORY, TRAIN_SCRIPT
 
 from ds_stability.errors import UserError
-from ds_stability.launchers.sweep_hosts import default_processes, environment, free_port, on_gpu, remove_shared_memory
+from ds_stability.launchers.sweep_hosts import default_processes, environment, free_port, on_gpu
 from ds_stability.run_dir import RunDir, write_json_atomic
+from ds_stability.shared_memory import remove_abandoned
 
 POLL_SECONDS = 0.5
 TEARDOWN_SECONDS = 60  # DeepSpeed on CPU now and then hangs or aborts after all work is done
@@ -143,7 +144,7 @@ def run_script(script: Path, words: Sequence[str], num_gpus: int, log: Path,
             watch(process)
         finally:
             end_process(process)
-            remove_shared_memory(port)
+            remove_abandoned(port)
     return process.returncode
 
 

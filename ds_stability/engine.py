@@ -17,6 +17,8 @@ from ds_stability.config import StabilityConfig, split_config, unsupported
 from ds_stability.deepspeed_config import find_auto, load_ds_config
 from ds_stability.errors import StabilityConfigError
 from ds_stability.loss_kernel import require_kernel
+from ds_stability.precision_support import require_precision
+from ds_stability.shared_memory import forget_buffers
 from ds_stability.stability import Stability
 from ds_stability.universal import mend_loaded_optimizer
 
@@ -32,7 +34,7 @@ def initialize(*args, **kwargs):
 
     Raises:
         StabilityConfigError: the block is wrong, the config holds "auto" values (those are for Trainer, which fills them
-            in), asks for a feature that is not supported, or differs between ranks.
+            in), asks for a feature or a precision that is not supported, or differs between ranks.
     """
     return _initialize(args, kwargs, auto_allowed=False)
 
@@ -54,6 +56,7 @@ def _initialize(args, kwargs, auto_allowed: bool):
     for sentence in unsupported(ds_config, config):
         raise StabilityConfigError(sentence)
     require_kernel(config)
+    require_precision(ds_config)
     auto = find_auto(ds_config)
     if auto and not auto_allowed:
         raise StabilityConfigError(
@@ -77,6 +80,7 @@ def attach(engine: deepspeed.DeepSpeedEngine, config: StabilityConfig) -> deepsp
     if isinstance(engine, StabilityMixin):
         raise StabilityConfigError("this engine already has a stability block attached; attach it once")
     stability = Stability(engine, config)
+    forget_buffers()  # it has compared the ranks' blocks, so all of them are there
     object.__setattr__(engine, "stability", stability)  # not through nn.Module, which would look for submodules
     kind = type(engine)
     engine.__class__ = type(f"Stability{kind.__name__}", (StabilityMixin, kind), {})

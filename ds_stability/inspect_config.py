@@ -1,5 +1,11 @@
-"""What `ds-stability inspect` reports about a DeepSpeed JSON: the resolved block, the loss path, warnings. No torch."""
+"""What `ds-stability inspect` reports about a DeepSpeed JSON: the resolved block, the loss path, warnings.
 
+No torch, unless the file asks for fp16: then DeepSpeed's accelerator is asked whether it has that.
+"""
+
+import contextlib
+import importlib.util
+import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +26,7 @@ from ds_stability.deepspeed_config import (
 )
 from ds_stability.errors import StabilityConfigError
 from ds_stability.loss_kernel import missing_package
+from ds_stability.precision_support import missing_precision
 from ds_stability.schedule import format_level, max_level, parse_level_flag
 
 ABSENT_CLIPPING = "absent, so 1.0"
@@ -153,12 +160,22 @@ def _deepspeed_warnings(config: dict[str, Any], auto: list[str]) -> list[str]:
     warnings += [f'{path}: "auto" is not filled in by anyone; Accelerate will refuse it'
                  for path in auto if path not in AUTO_KEYS]  # fmt: skip
     warnings += [f"{path}: ds_stability has never been run with this feature" for path in untested_features(config)]
+    warnings += _precision_warnings(config)
     if uses_deepspeed_cpu_adam(config):
         warnings.append(
             "DeepSpeedCPUAdam will be used, which does not resume bit-exactly: set optimizer.params.torch_adam to true "
             "or, if the config has no optimizer, zero_force_ds_cpu_optimizer to false"
         )
     return warnings
+
+
+def _precision_warnings(config: dict[str, Any]) -> list[str]:
+    """No error: the file may be for another machine. bf16 is not asked about: that would take seconds of imports for most files."""
+    if precision(config) != "fp16" or importlib.util.find_spec("deepspeed") is None:
+        return []
+    with contextlib.redirect_stdout(io.StringIO()):  # where DeepSpeed's logger tells of the accelerator that it found
+        problem = missing_precision(config)
+    return [f"{problem}; a run on this machine ends with this line"] if problem else []
 
 
 def _block_warnings(stability: StabilityConfig, present: bool) -> list[str]:

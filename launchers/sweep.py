@@ -69,7 +69,6 @@ class Sweep:
                               f"left where they are: {', '.join(removed) or 'none'}")  # fmt: skip
         if self.shared is None:
             self.shared = self._prepare()
-        self.folder.clear_after_kills(self.plan.cells)
         self._note_done()
         if self.progress.done:
             self.progress.say(f"{len(self.progress.done)} of {len(self.plan.cells)} cells were done before")
@@ -80,7 +79,6 @@ class Sweep:
             happened = [self._try(cell) for cell in self.ready_cells()]
             if not any(happened):
                 self._wait()
-        self.folder.clear_after_kills(self.plan.cells)
         return self.outcome
 
     def open_cells(self) -> list[Cell]:
@@ -139,7 +137,7 @@ class Sweep:
 
         code, outcome = None, "interrupted"
         try:
-            code = run_script(self.hosts, TRAIN_SCRIPT, words, log, watch, (lock,), self.folder.port_note(cell))
+            code = run_script(self.hosts, TRAIN_SCRIPT, words, log, watch, (lock,))
             outcome = "failed"
         finally:
             seconds = time.monotonic() - started

@@ -7,13 +7,11 @@ ever deleted; a partial run without a checkpoint is moved aside.
 import json
 import os
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_stability.errors import UserError
 from ds_stability.launchers.locks import TRAIN_LOCK, is_locked, try_lock
-from ds_stability.launchers.sweep_hosts import clear_after_kill
 from ds_stability.launchers.sweep_plan import Cell, Plan
 from ds_stability.run_dir import RunDir, utc_now, write_json_atomic
 from ds_stability.safe_read import parse_json, read_json
@@ -52,16 +50,6 @@ class SweepFolder:
 
     def lock(self, name: str) -> int | None:
         return try_lock(self.path / "locks" / f"{name}.lock")
-
-    def port_note(self, cell: Cell) -> Path:
-        return self.path / "locks" / f"{cell.id}.port"
-
-    def clear_after_kills(self, cells: Sequence[Cell]) -> None:
-        """Free what trainings that outlived their sweep left in this machine's memory."""
-        for cell in cells:
-            if self.port_note(cell).exists() and (lock := self.claim(cell)) is not None:
-                clear_after_kill(self.port_note(cell))
-                os.close(lock)
 
     def write_manifest(self, plan: Plan) -> tuple[list[str], list[str], list[str]]:
         """Write sweep.json; (kept, new, removed) ids of cells, against the one that was there."""

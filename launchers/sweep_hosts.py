@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_stability.errors import UserError
+from ds_stability.shared_memory import remove_abandoned
 
 HERE = Path(__file__).resolve().parent
 TRAIN_SCRIPT = HERE / "train.py"
@@ -146,8 +147,7 @@ def _shielded() -> Iterator[None]:
 
 
 def run_script(hosts: Hosts, script: Path, words: Sequence[str], log: Path,
-               watch: Callable[[], bool] = lambda: False, keep_open: Sequence[int] = (),
-               note: Path | None = None) -> int | None:  # fmt: skip
+               watch: Callable[[], bool] = lambda: False, keep_open: Sequence[int] = ()) -> int | None:  # fmt: skip
     """Run a script under the launcher with its output in the file `log`; its exit code (None if it had to be ended).
 
     It runs in a session of its own, so that it can be ended with its ranks and nothing else, and so that it survives a
@@ -156,11 +156,8 @@ def run_script(hosts: Hosts, script: Path, words: Sequence[str], log: Path,
     Args:
         watch: called every POLL_SECONDS; True once the script has done its work, and may be ended after TEARDOWN_SECONDS.
         keep_open: descriptors of locks that the launcher holds as well.
-        note: file that says which port is in use, for `clear_after_kill`; it is gone at the end.
     """
     port = free_port()
-    if note is not None:
-        note.write_text(f"{socket.gethostname()} {port}\n", encoding="utf-8")
     log.parent.mkdir(parents=True, exist_ok=True)
     process = None
     with open(log, "wb") as stream:
@@ -173,9 +170,7 @@ def run_script(hosts: Hosts, script: Path, words: Sequence[str], log: Path,
         finally:
             if process is not None:
                 end_session(process)
-            remove_shared_memory(port)
-            if note is not None:
-                note.unlink(missing_ok=True)
+            remove_abandoned(port)
     return process.returncode if ended else None
 
 
@@ -211,24 +206,6 @@ def end_session(process: subprocess.Popen) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)  # ranks that outlive their launcher
     process.wait()
-
-
-def remove_shared_memory(port: int) -> None:
-    """DeepSpeed on CPU leaves a buffer of some 60 MB a rank behind in shared memory, named by the port
-    (deepspeed/ops/csrc/cpu/comm/shm.cpp): a few hundred runs fill the machine."""
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
-        path.unlink(missing_ok=True)
-
-
-def clear_after_kill(note: Path) -> None:
-    """Remove the shared memory of a script whose `run_script` was killed; the script itself must have ended."""
-    try:
-        host, port = note.read_text(encoding="utf-8").split()
-    except (OSError, ValueError):  # none, or cut off
-        return
-    if host == socket.gethostname() and port.isdigit():
-        remove_shared_memory(int(port))
-        note.unlink(missing_ok=True)
 
 
 def environment() -> Mapping[str, str]:

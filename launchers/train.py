@@ -56,8 +56,10 @@ from ds_stability.launchers.setup_run import (  # noqa: E402
 )
 from ds_stability.launchers.world_size import LoadedOnce, check_flags, convert_checkpoint, world_has_changed  # noqa: E402
 from ds_stability.loss_kernel import require_kernel  # noqa: E402
+from ds_stability.precision_support import require_precision  # noqa: E402
 from ds_stability.preemption import StopSignals  # noqa: E402
 from ds_stability.run_dir import RunDir, check_output_dir  # noqa: E402
+from ds_stability.shared_memory import forget_buffers  # noqa: E402
 from ds_stability.siblings import look_around  # noqa: E402
 from ds_stability.universal import load_universal  # noqa: E402
 
@@ -171,6 +173,7 @@ def main(argv: list[str]) -> None:
     complete_environment()
     command = parse_command(argv)
     require_kernel(command.stability)  # not in `parse_command`: a sweep is planned on a machine that may have neither package nor GPU
+    require_precision(command.ds_config | {name: {"enabled": command.training[name]} for name in ("bf16", "fp16")})  # "auto" filled in
     run = RunDir(command.output_dir)
     if command.resume and run.done.exists() and command.resume_mode != "auto":
         raise UserError(f"--output_dir {run.path}: this run is complete (DONE); nothing is left to resume")
@@ -195,6 +198,7 @@ def join(command: Command) -> list[str]:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timedelta(seconds=command.training["ddp_timeout"]))
     hosts = gather_hosts()
+    forget_buffers()
     look_around()
     return hosts
 

@@ -38,6 +38,7 @@ from fault_runs import KINDS, Moment  # noqa: E402
 from ports import free_port  # noqa: E402
 
 from ds_stability.run_dir import git_revision, write_atomic, write_json_atomic  # noqa: E402
+from ds_stability.shared_memory import remove_abandoned  # noqa: E402
 
 RANKS = 2
 END_SECONDS = 60.0  # within which every process of a run that has lost a rank must have ended
@@ -158,8 +159,7 @@ class Attempt:
         """Nothing of this attempt stays behind, nor what DeepSpeed leaves in shared memory."""
         processes.end_all(self.marker)
         self.process.wait()
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
-            buffer.unlink(missing_ok=True)
+        remove_abandoned(self.port)
 
 
 def naming_line(text: str, rank: int) -> str | None:
