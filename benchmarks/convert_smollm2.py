@@ -70,8 +70,11 @@ def convert(gguf: Path, output: Path, dtype_name: str):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    from ds_stability.weights import check_report
+
     source = {"pretrained_model_name_or_path": os.fspath(gguf.parent), "gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    read, report = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+    check_report(report, f"--gguf {gguf}")
     tokenizer = AutoTokenizer.from_pretrained(**source)
     config = read.config
     # save_pretrained of `read` raises: its config still says "quantized". A fresh model of the same config does not.
@@ -98,9 +101,11 @@ def verify(model, output: Path) -> str:
         RuntimeError: the folder does not give back the weights bit by bit, is not tied, or does not answer sensibly.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    from ds_stability.weights import load_causal_lm
+
+    loaded, tokenizer = load_causal_lm(output, f"--output {output}"), AutoTokenizer.from_pretrained(output)
     weights = loaded.state_dict()
     different = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])]
     if different:

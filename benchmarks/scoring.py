@@ -20,11 +20,12 @@ class Text(NamedTuple):
 
 
 def load_model(path: str | Path, dtype: torch.dtype):
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from ds_stability.weights import load_causal_lm
+
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    return load_causal_lm(path, f"model {path}", dtype=dtype)  # in eval mode
 
 
 @torch.no_grad()

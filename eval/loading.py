@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ds_stability.data.frequency import FILE_NAME as HIGH_FREQUENCY_FILE
@@ -27,6 +27,7 @@ from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.data.tokenizer import special_token_ids, tokenizer_hash
 from ds_stability.errors import UserError
 from ds_stability.safe_read import read_json
+from ds_stability.weights import check_names, load_causal_lm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -82,6 +83,7 @@ def describe(path: str | Path, trust_remote_code: bool = False) -> Description:
     # A foreign config need not say how wide its logits are.
     vocab_size = getattr(config.get_text_config(), "vocab_size", None) or len(tokenizer)
     _check_tokenizer(path, tokenizer, vocab_size)
+    check_names(folder, f"--model {path}", trust_remote_code=trust_remote_code)
     return Description(config, tokenizer, context_length(config), vocab_size, _high_frequency(folder, tokenizer, vocab_size), folder)
 
 
@@ -265,20 +267,8 @@ def _load_weights(path: str | Path, folder: Path, placement: dict[str, Any], dty
     transformers_logging.disable_progress_bar()
     offload = tempfile.mkdtemp(prefix="ds_stability_offload_") if placement["device_map"] == "auto" else None
     try:
-        with _one_line(path, trust_remote_code):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype="auto" if dtype == "auto" else DTYPES[dtype],
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report
-                offload_folder=offload,
-                **placement,
-            )
-        missing, wrong = sorted(report["missing_keys"]), sorted(key for key, *_ in report["mismatched_keys"])
-        if missing or wrong:  # transformers would go on with random numbers in their place
-            raise UserError(f"--model {path}: {len(missing)} weights are missing and {len(wrong)} have another shape, first "
-                            f"{(missing + wrong)[0]}; the files do not belong to this config.json")  # fmt: skip
+        model = load_causal_lm(folder, f"--model {path}", dtype="auto" if dtype == "auto" else DTYPES[dtype],
+                               trust_remote_code=trust_remote_code, offload_folder=offload, **placement)  # fmt: skip
     except BaseException:
         if offload is not None:
             shutil.rmtree(offload, ignore_errors=True)

@@ -1,16 +1,16 @@
 """Config, tokenizer and model of a training run, from the checked command line."""
 
-from pickle import UnpicklingError
+import os
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ds_stability.data.packing import check_block_size, check_vocabulary, packing_problem
 from ds_stability.data.readers import read_documents
 from ds_stability.data.tokenizer import train_bpe
 from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command, TrainArguments
+from ds_stability.weights import check_names, load_causal_lm
 
 
 def load_config(command: Command) -> Any:
@@ -56,26 +56,46 @@ def load_tokenizer(command: Command, config: Any) -> tuple[Any, Any]:
 
 def build_model(command: Command, config: Any, tokenizer: Any, args: TrainArguments) -> torch.nn.Module:
     """The model, in the dtype that the engine computes in; weights are partitioned while they load under ZeRO-3."""
-    from transformers import AutoModelForCausalLM
-
     arguments = command.model
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # transformers ignores the borders of packed documents when it keeps a cache (masking_utils.py).
     config.get_text_config().use_cache = False
     options = {"attn_implementation": arguments.attn_implementation, "trust_remote_code": arguments.trust_remote_code}
-    try:
-        if arguments.model_name_or_path is None:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, config=config, dtype=dtype,
-                                                         revision=arguments.model_revision, **options)  # fmt: skip
-    except (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
-        source = arguments.model_name_or_path or arguments.config_name
-        raise UserError(f"{source}: the model could not be built ({_first_line(error)})") from None
+    if arguments.model_name_or_path is None:
+        model = _fresh(arguments, config, dtype, options)
+    else:
+        model = load_causal_lm(arguments.model_name_or_path, f"--model_name_or_path {arguments.model_name_or_path}", config=config,
+                               dtype=dtype, revision=arguments.model_revision, **options)  # fmt: skip
     problem = packing_problem(model)
     if problem is not None and args.process_index == 0:
         print(f"note: {problem}", flush=True)
     return _add_adapter(model, arguments, args) if arguments.use_peft else model
+
+
+def _fresh(arguments: Any, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise UserError(f"{arguments.config_name}: the model could not be built ({_first_line(error)})") from None
+
+
+def check_pretrained(command: Command, config: Any) -> None:
+    """Refuse pretrained weights that are not the model's, by their names alone: before data is read, and without ranks.
+
+    Raises:
+        UserError: see weights.py.
+    """
+    name = command.model.model_name_or_path
+    if name is None:
+        return
+    if os.path.isfile(os.path.join(name, "adapter_config.json")):
+        raise UserError(f"--model_name_or_path {name}: is a PEFT adapter; merge it into its base model first (PeftModel."
+                        "from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder))")  # fmt: skip
+    check_names(name, f"--model_name_or_path {name}", config=config, revision=command.model.model_revision,
+                attn_implementation=command.model.attn_implementation,
+                trust_remote_code=command.model.trust_remote_code)  # fmt: skip
 
 
 def _pretrained_tokenizer(command: Command, name: str) -> Any:

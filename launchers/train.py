@@ -42,7 +42,7 @@ from ds_stability.launch_environment import complete_environment  # noqa: E402
 from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
 from ds_stability.launchers.checkpoints import WholeCheckpoints, checkpoint_to_load  # noqa: E402
 from ds_stability.launchers.data_order import OrderedTrainer, check_order, in_order  # noqa: E402
-from ds_stability.launchers.setup_model import build_model, load_config, load_tokenizer  # noqa: E402
+from ds_stability.launchers.setup_model import build_model, check_pretrained, load_config, load_tokenizer  # noqa: E402
 from ds_stability.launchers.setup_run import (  # noqa: E402
     RunCallback,
     finish_run,
@@ -183,6 +183,7 @@ def main(argv: list[str]) -> None:
         if global_rank() == 0:
             print(f"{run.path}: this run is complete (DONE)", flush=True)
         return
+    check_pretrained(command, config)
     signals = StopSignals().install()
     again = "start again with --resume_from_checkpoint auto"
     with cluster_failures(["this host"], 0, again):  # nobody knows yet who the others are

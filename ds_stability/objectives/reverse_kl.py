@@ -9,7 +9,7 @@ micro-batch's backward. Shape suffixes: N tokens of the micro-batch, C tokens of
 import torch
 import torch.nn.functional as F
 
-from ds_stability.errors import StabilityConfigError
+from ds_stability.errors import StabilityConfigError, UserError
 from ds_stability.loss import Objective, RowObjective, cross_entropy
 
 #: Arguments of a forward that decide what the logits are; labels are not among them.
@@ -51,13 +51,11 @@ class Reference:
     """
 
     def __init__(self, name: str, engine):
-        from transformers import AutoModelForCausalLM
-
         from ds_stability.console import agree
         from ds_stability.gathered import base_model, is_partitioned
 
         dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float16 if engine.fp16_enabled() else torch.float32
-        model = agree(lambda: _load(AutoModelForCausalLM, name, dtype))
+        model = agree(lambda: _load(name, dtype))
         width = base_model(engine.module).config.get_text_config().vocab_size
         if model.config.get_text_config().vocab_size != width:
             raise StabilityConfigError(
@@ -74,12 +72,13 @@ class Reference:
         return logits_BTV.reshape(-1, logits_BTV.shape[-1])
 
 
-def _load(loader, name: str, dtype: torch.dtype):
+def _load(name: str, dtype: torch.dtype):
+    from ds_stability.weights import load_causal_lm
+
     try:
-        model = loader.from_pretrained(name, dtype=dtype)
-    except Exception as error:  # the readers of a foreign folder raise whatever they stumble over
-        reason = " ".join(str(error).split())[:200]
-        raise StabilityConfigError(f"stability.objective.reference {name}: no model could be loaded ({reason})") from None
+        model = load_causal_lm(name, f"stability.objective.reference {name}", dtype=dtype)
+    except UserError as error:
+        raise StabilityConfigError(str(error)) from None
     model.config.get_text_config().use_cache = False  # transformers ignores borders of packed documents with a cache
     return model.eval().requires_grad_(False)
 

@@ -108,6 +108,6 @@ def test_generated_text_enters_no_statistic(results):
 
 
 def test_what_cannot_be_is_one_line(results):
-    assert "stability.objective.reference" in results["missing"]["errors"][0] and "no model could be loaded" in results["missing"]["errors"][0]
+    assert "stability.objective.reference" in results["missing"]["errors"][0] and "cannot be loaded" in results["missing"]["errors"][0]
     assert "stability.objective.max_new_tokens: 60 is not allowed; must be at most 59" in results["too_long"]["errors"][0]
     assert all("\n" not in text for name in ("missing", "too_long") for text in results[name]["errors"].values())

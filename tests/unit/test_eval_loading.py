@@ -151,10 +151,10 @@ def test_missing_weight_is_no_random_number(copy):
     index = json.loads((copy / "model.safetensors.index.json").read_text())
     del index["weight_map"]["model.norm.weight"]
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused("1 weights are missing", "model.norm.weight", path=copy)
+    refused("1 missing", "model.norm.weight", path=copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    refused("1 weights are missing and 9 have another shape", path=copy)
+    refused("1 missing (model.norm.weight), 9 of another shape", path=copy)
 
 
 def test_tokenizer_that_disagrees(copy):
