@@ -2,7 +2,8 @@
 # WORKERS=2 at a time (0: one process).
 # make reproduce-quick, make reproduce: the headline sweep, its evaluation and its report. TEXT=a.txt,b.txt trains on those
 # files instead of the built-in prose; a broken run is taken up where it stopped.
-# make bench: step time and memory relative to plain DeepSpeed, 70 minutes on two idle cores (docs/performance.md).
+# make bench: step time and memory relative to plain DeepSpeed, 70 minutes on two idle cores with AMX, as two cases are in bf16
+# (docs/performance.md).
 # make faults: 30 seeded kills of a rank, each run started again and compared (docs/reliability.md).
 # make test-no-fp16: tests with fp16 in them as on a CPU that has none (DS_STABILITY_TEST_NO_FP16=1): its cases are skipped, the others run.
 # PYTHON=... chooses the interpreter (an installed torch is used as it is); TORCH=... what to install where there is none.

@@ -3,7 +3,7 @@
     python benchmarks/convert_smollm2.py --output models/SmolLM2-135M-Instruct
     python benchmarks/smollm2.py --model models/SmolLM2-135M-Instruct --train_file a.txt b.txt [--levels 0 .5 .9]
 
-ZeRO-3 on 2 processes by the real `deepspeed` launcher, in bf16 with fp32 master weights; hard-wrapped lines of the text
+ZeRO-3 on 2 processes by the real `deepspeed` launcher, in fp32 (`--precision bf16`: with fp32 master weights); hard-wrapped lines of the text
 files are joined. Every model, the untouched one first, is then read from its folder and scored by the same code. Writes
 OUTPUT/smollm2.json; started again, it does not train a level that has a DONE file.
 """
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block_size", type=int, default=272)
     parser.add_argument("--per_device_train_batch_size", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--precision", default="fp32", choices=("bf16", "fp32"), help="bf16 takes a GPU, or a CPU with AMX or AVX-512 BF16")
     parser.add_argument("--eval_blocks", type=int, default=64, help="held-out blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_gpus", type=int, default=None, help="processes; default 2, or 1 on a machine with one GPU")

@@ -1,6 +1,7 @@
 """A precision that the accelerator does not have is one line, before anything is loaded; and what the tests make of it."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +13,15 @@ import torch
 import ds_stability
 from ds_stability import engine
 from ds_stability.cli import main as command
+from ds_stability.deepspeed_config import precision
 from ds_stability.errors import StabilityConfigError
+from ds_stability.eval.suite import Suite
 from ds_stability.integrations.transformers import disable, enable
 from ds_stability.launchers import train
 from ds_stability.precision_support import missing_precision, require_precision
 
-CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "ds_configs"
 FP16, BF16, AUTO = {"fp16": {"enabled": True}}, {"bf16": {"enabled": True}}, {"fp16": {"enabled": "auto"}}
 
 
@@ -117,3 +121,22 @@ def test_tests_leave_out_what_cannot_run_and_keep_its_neighbours(monkeypatch, hi
             results["half"]
     with pytest.raises(KeyError):
         results["a name that nobody gave"]
+
+
+def commands_for_cpus():
+    """What README, docs, recipes and scripts tell people to run on CPUs: (file, command of one line)."""
+    files = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("launchers/**/*.*"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("scripts/*")]
+    for file in files:
+        text = file.read_text(encoding="utf-8").replace("\\\n#", " ").replace("\\\n", " ") if file.is_file() and file.suffix != ".pyc" else ""
+        yield from ((file, line) for line in text.splitlines() if "DS_ACCELERATOR=cpu deepspeed" in line)
+
+
+def test_nothing_for_cpus_is_in_a_precision_that_few_of_them_multiply_fast():
+    found = list(commands_for_cpus())
+    assert len(found) >= 6
+    for file, line in found:
+        recipe = re.search(r"launchers/recipes/\w+\.yaml", line)
+        named = re.search(r"ds_configs/\w+\.json", line if recipe is None else (ROOT / recipe[0]).read_text())
+        assert named is not None and precision(json.loads((ROOT / named[0]).read_text())) == "fp32", (file, line)
+    for suite in ROOT.glob("eval/suites/*.yaml"):
+        assert Suite.load(str(suite)).dtype in ("auto", "float32"), suite
