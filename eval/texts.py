@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ds_stability.data.chat import render_chat
 from ds_stability.data.fingerprint import corpus_fingerprint, file_fingerprint
 from ds_stability.data.loading import separate_validation
 from ds_stability.data.readers import read_documents
@@ -241,13 +242,13 @@ def check_context(prompts: Sequence[Prompt], suite: Suite, context_length: int |
 
 
 def document_text(document: Document, tokenizer: Any) -> str:
-    """The text of a document; a chat as the tokenizer's template writes it."""
+    """The text of a document; a chat as it is trained on."""
     if document.text is not None:
         return document.text
     if tokenizer.chat_template is None:
         raise UserError(f"{document.where}: has chat messages, but the model's tokenizer has no chat template; give text "
                         "with --held_out_file and --train_file")  # fmt: skip
-    return tokenizer.apply_chat_template(document.messages, tokenize=False)
+    return render_chat(document, tokenizer)
 
 
 def _trained(texts: list[str], limit: int | None, tokenizer: Any, vocab_size: int) -> tuple[list[str], np.ndarray | None, Bigrams | None]:

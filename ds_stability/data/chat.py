@@ -1,10 +1,10 @@
 """Chats through the tokenizer's chat template, with the tokens that the assistant wrote marked."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from ..errors import UserError
+from .rendering import Rendering
 from .spec import Document
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -14,60 +14,180 @@ Span = tuple[int, int]
 def encode_chat(document: Document, tokenizer: Any, assistant_only_loss: bool) -> tuple[list[int], list[bool] | None]:
     """Token ids of a rendered chat; and, if `assistant_only_loss`, which tokens the assistant wrote.
 
-    With `{% generation %}` marks in the template, these marks decide. Without them the chat is rendered up to and with
-    each assistant turn: what that turn added, end-of-turn token included, is the assistant's. A template that changes
-    earlier turns when later ones follow cannot be read that way and is refused.
+    A turn's end token is the assistant's as well. Where the template ends the last turn without one, the end of text is
+    appended: a model that never saw an end never stops. Turns in `document.masked` are not supervised.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(f"{document.where}: has chat messages, but the tokenizer has no chat template; use the tokenizer "
-                        "of a chat model (--tokenizer_name) or a text field (--text_field)")
-    text = _render(document, tokenizer, document.messages)
+    chat = Rendering.of(document, tokenizer)
+    text = _ended(chat)
     if not assistant_only_loss:
+        if document.masked:
+            raise UserError(f"{document.where}: message {document.masked[0] + 1} has a weight of 0, which means something with "
+                            "--assistant_only_loss alone; give it, or remove the weights")
         return _tokenize(tokenizer, text)["input_ids"], None
     if not tokenizer.is_fast:
         raise UserError("--assistant_only_loss needs a fast tokenizer, which knows each token's characters; "
                         f"{type(tokenizer).__name__} is not one")
-    if _GENERATION.search(tokenizer.get_chat_template()):
-        spans = _marked_spans(document, tokenizer)
-    else:
-        spans = assistant_spans(document, tokenizer, text)
+    spans = assistant_spans(chat, text)
     encoded = _tokenize(tokenizer, text, return_offsets_mapping=True)
     supervised = inside(encoded["offset_mapping"], spans)
-    if not any(supervised) and any(message["role"] == "assistant" for message in document.messages):
+    if not any(supervised) and set(_assistants(chat)) - set(document.masked):
         raise UserError(f"{document.where}: the chat template marks no token of the assistant's turns; drop "
                         "--assistant_only_loss or mend the template")
     return encoded["input_ids"], supervised
 
 
-def assistant_spans(document: Document, tokenizer: Any, text: str) -> list[Span]:
-    """Character spans of the assistant's turns in the rendered `text`, without the whitespace that ends a turn."""
-    spans = []
-    for number, message in enumerate(document.messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(document, tokenizer, document.messages[:number], add_generation_prompt=True) if number else ""
-        turn = _render(document, tokenizer, document.messages[: number + 1])
-        if not (turn.startswith(prompt) and text.startswith(turn)):
-            raise UserError(f"{document.where}: the chat template renders turn {number + 1} differently when it stands "
-                            "alone, so the assistant's tokens cannot be told; drop --assistant_only_loss or put "
-                            "{% generation %} marks into the template")
-        spans.append((len(prompt), len(turn.rstrip())))
-    return spans
+def render_chat(document: Document, tokenizer: Any) -> str:
+    """The text of a chat as it is trained on."""
+    return _ended(Rendering.of(document, tokenizer))
 
 
-def _marked_spans(document: Document, tokenizer: Any) -> list[Span]:
-    """Character spans between the `{% generation %}` marks.
+def assistant_spans(chat: Rendering, text: str) -> list[Span]:
+    """Character spans of what the assistant wrote in `text` (see `_ended`), end tokens included.
 
-    Not apply_chat_template(return_assistant_tokens_mask=True): it loses a turn whose first character belongs to a token
-    with trimmed offsets, and fails on an empty span.
+    `{% generation %}` marks in the template decide, if it has them: but what ends the last marked span's turn belongs to it,
+    and to every other span that it follows.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
+    turns = [number for number in _assistants(chat) if number not in chat.document.masked]
+    if not turns:
+        return []
+    if not _GENERATION.search(chat.tokenizer.get_chat_template(tools=chat.document.tools)):
+        return Turns(chat, text).spans(turns)
+    spans = _with_ends(chat, text, chat.marked_spans(chat.messages))
+    masked = [Turns(chat, text).region(number) for number in chat.document.masked if number in _assistants(chat)]
+    return [span for span in spans if not any(span[0] <= end and start <= span[1] for start, end in masked)]
 
-    messages = [{key: value for key, value in message.items() if value is not None} for message in document.messages]
-    _, spans = _guarded(document, lambda: render_jinja_template(
-        [messages], chat_template=tokenizer.get_chat_template(), return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map))
-    return spans[0]
+
+class Turns:
+    """Where each turn stands in the text of a chat, told by what changes when the turn is another one.
+
+    Rendered with a single character in place of turn k, the text agrees with the whole text before and after that turn. This
+    holds for templates that write earlier turns otherwise than the last one (without their reasoning, say), or that put tools
+    before the last question, where rendering the turns up to k does not give the beginning of the text.
+    """
+
+    def __init__(self, chat: Rendering, text: str):
+        self.chat, self.text = chat, text
+        self.mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in chat.text)  # private use: in no text, in no template
+        self.special = _special_tokens(chat.tokenizer)
+        self.prompts: dict[str, str] = {}
+
+    def spans(self, turns: list[int]) -> list[Span]:
+        """Spans of these turns: from the end of the generation prompt to the end token."""
+        end_of_turn = self._end_of_turn()
+        spans, border = [], 0
+        for number in turns:
+            start, end = self.region(number)
+            start = self._after_prompt(number, border, start, end)
+            rest = self.text[end:]
+            last = number == len(self.chat.messages) - 1
+            tail = rest if last else self._whole_tokens(rest[: shared(end_of_turn, rest)], rest)
+            border = end + len(tail.rstrip())
+            if start < (spans[-1][1] if spans else 0):
+                raise self._cannot_tell(number)
+            spans.append((start, border))
+        return spans
+
+    def region(self, number: int) -> Span:
+        """Where the text of turn `number` begins and ends, without the frame that any turn of the assistant has."""
+        messages = self.chat.messages
+        try:
+            other = self.chat.render([*messages[:number], self.chat.plain_turn(self.mark), *messages[number + 1 :]])
+        except UserError:  # the turns after a tool call may be refused without it
+            return self._region_by_prefix(number)
+        if self.mark not in other:
+            raise UserError(f"{self.chat.document.where}: the chat template does not print turn {number + 1}, so the assistant's "
+                            "tokens cannot be told; drop --assistant_only_loss or put {% generation %} marks into the template")
+        start = shared(self.chat.text, other)
+        end = len(self.chat.text) - shared(self.chat.text[::-1], other[::-1])
+        for token in self.special.finditer(self.chat.text):
+            start = token.start() if token.start() < start < token.end() else start
+            end = token.end() if token.start() < end < token.end() else end
+        return start, max(start, end)
+
+    def _region_by_prefix(self, number: int) -> Span:
+        prompt = self.chat.render(self.chat.messages[:number], prompt=True)
+        turn = self.chat.render(self.chat.messages[: number + 1]).rstrip()
+        if not (number and turn.startswith(prompt) and self.chat.text.startswith(turn)):
+            raise self._cannot_tell(number)
+        return len(prompt), len(turn)
+
+    def _cannot_tell(self, number: int) -> UserError:
+        return UserError(f"{self.chat.document.where}: the chat template renders turn {number + 1} differently when it stands alone, "
+                         "so the assistant's tokens cannot be told; drop --assistant_only_loss or put {% generation %} marks into "
+                         "the template")
+
+    def _end_of_turn(self) -> str:
+        """What follows an assistant's last text at the end of a chat."""
+        last = _assistants(self.chat)[-1]
+        alone = self.chat.render([*self.chat.messages[:last], self.chat.plain_turn(self.mark)])
+        return alone.rpartition(self.mark)[2]
+
+    def _whole_tokens(self, tail: str, rest: str) -> str:
+        """`tail`, the beginning of `rest`, without a special token that it has the beginning of."""
+        for token in self.special.finditer(rest):
+            if token.start() < len(tail) < token.end():
+                return tail[: token.start()]
+        return tail
+
+    def _after_prompt(self, number: int, border: int, start: int, end: int) -> int:
+        """Where the model takes over: after the generation prompt, of which reasoning may follow before `start`."""
+        prompt = self._prompt(number)
+        found = self.text.rfind(prompt, border, start) if prompt else -1
+        if found < 0 and prompt:
+            found = self.text.find(prompt, start, end)
+        if found >= 0:
+            return found + len(prompt)
+        return max(border, len(self.text[:start].rstrip(" ")))  # the blank before a word belongs to its token
+
+    def _prompt(self, number: int) -> str:
+        """The generation prompt after turn `number` - 1; after a question, if there is no such turn."""
+        before = self.chat.messages[:number] or [self.chat.plain_turn(self.mark) | {"role": "user"}]
+        role = before[-1]["role"]
+        if role not in self.prompts:
+            try:
+                closed, opened = self.chat.render(before), self.chat.render(before, prompt=True)
+                self.prompts[role] = opened[shared(closed, opened) :]
+            except UserError:
+                self.prompts[role] = ""
+        return self.prompts[role]
+
+
+def _ended(chat: Rendering) -> str:
+    """The chat's text; where it ends with an assistant's turn and no end token, with the end of text appended."""
+    text = chat.text.rstrip()
+    if chat.messages[-1]["role"] != "assistant" or re.search(f"(?:{_special_tokens(chat.tokenizer).pattern})$", text):
+        return chat.text
+    return text + chat.tokenizer.eos_token
+
+
+def _assistants(chat: Rendering) -> list[int]:
+    return [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {tokenizer.eos_token}
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+
+def _with_ends(chat: Rendering, text: str, spans: list[Span]) -> list[Span]:
+    """Marked spans, each with the end token that follows it, if it is the one that ends the last turn."""
+    last = _assistants(chat)[-1]
+    messages = chat.messages[: last + 1]
+    whole, marks = (text, spans) if len(messages) == len(chat.messages) else (chat.render(messages), chat.marked_spans(messages))
+    if not marks:
+        return spans
+    after = re.match(rf"\s*(?:{_special_tokens(chat.tokenizer).pattern})", whole[marks[-1][1] :])
+    end = after.group() if after else ""
+    return [(start, stop + (len(end) if end and text.startswith(end, stop) else 0)) for start, stop in spans]
+
+
+def shared(a: str, b: str) -> int:
+    """How many characters two texts have in common from their beginning."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 def inside(offsets: list[Span], spans: list[Span]) -> list[bool]:
@@ -81,22 +201,6 @@ def inside(offsets: list[Span], spans: list[Span]) -> list[bool]:
             marks[position] = True
             position += 1
     return marks
-
-
-def _render(document: Document, tokenizer: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    return _guarded(document, lambda: tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-
-
-def _guarded(document: Document, call: Callable[[], Any]) -> Any:
-    import jinja2
-
-    try:
-        return call()
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{document.where}: the chat template refuses the messages ({reason}); mend the record") from error
 
 
 def _tokenize(tokenizer: Any, text: str, **options: Any) -> Any:

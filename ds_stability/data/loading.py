@@ -20,6 +20,7 @@ from .tokenizer import tokenizer_hash
 from .tokens import TokenStore, TokenStoreBuilder, build_store, encode_documents
 
 STREAMING_EVAL_BLOCKS = 128
+ENCODING = 2  # raised when the same documents become other tokens: caches of before are not read
 
 
 def load_blocks(
@@ -107,7 +108,7 @@ def _cached_stores(
     from_hub = spec.dataset_name is not None and not spec.dataset_name.startswith("builtin:")
     if cache_dir is None or (from_hub and spec.dataset_revision is None):  # an unpinned name may mean other data tomorrow
         return _build_stores(spec, tokenizer)
-    identity = [info["corpus_fingerprint"], info["tokenizer_hash"], tokenizer.chat_template, tokenizer.eos_token_id]
+    identity = [ENCODING, info["corpus_fingerprint"], info["tokenizer_hash"], tokenizer.chat_template, tokenizer.eos_token_id]
     folder = os.path.join(cache_dir, "tokens-" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32])
     paths = [os.path.join(folder, name) for name in ("train", "validation")]
     mode_path = os.path.join(folder, "held_out.json")

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..errors import UserError
+from .messages import normal_messages, normal_tools, with_system
 from .spec import DataSpec, Document, file_kind
 from .text_files import iter_lines, iter_text_documents
 
 _LONGEST_LIST = 12
 _DEEPEST = 20  # levels of a chat message
+_BESIDE_MESSAGES = ("tools", "system")  # fields of a row that belong to its chat
 
 
 def read_documents(spec: DataSpec, split: str = "train") -> Iterator[Document]:
@@ -89,7 +91,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def iter_parquet(path: str, spec: DataSpec) -> Iterator[Document | None]:
-    """Parquet, a batch of rows at a time; only the column that is used is read."""
+    """Parquet, a batch of rows at a time; only the columns that are used are read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -99,6 +101,7 @@ def iter_parquet(path: str, spec: DataSpec) -> Iterator[Document | None]:
             columns = [name for name in (spec.text_field, spec.messages_field) if name in names]
             if not columns:
                 raise UserError(_no_field(path, spec, names))
+            columns += [name for name in _BESIDE_MESSAGES if name in names and spec.messages_field in names and name not in columns]
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
@@ -145,7 +148,7 @@ def document_from_row(row: dict[str, Any], spec: DataSpec, where: str) -> Docume
     if spec.text_field in row and not spec.assistant_only_loss:
         return _text_document(row[spec.text_field], spec.text_field, where)
     if spec.messages_field in row:
-        return _chat_document(row[spec.messages_field], spec.messages_field, where)
+        return _chat_document(row, spec.messages_field, where)
     raise UserError(_no_field(where, spec, list(row)))
 
 
@@ -162,17 +165,20 @@ def _text_document(text: Any, field: str, where: str) -> Document | None:
     return Document(text=text, where=where) if text.strip() else None
 
 
-def _chat_document(messages: Any, field: str, where: str) -> Document | None:
+def _chat_document(row: dict[str, Any], field: str, where: str) -> Document | None:
+    messages = row[field]
     if messages is None or messages == []:
         return None
     if not isinstance(messages, list):
         raise UserError(f"{where}: field {field!r} is {_kind(messages)}; a list of "
                         "{\"role\": ..., \"content\": ...} is needed (name another with --messages_field)")
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise UserError(f"{where}: message {number} of {field!r} is not an object with \"role\" and \"content\"")
         _check_message(message, f"{where}: message {number} of {field!r}")
-    return Document(messages=messages, where=where)
+    _check_message(row.get("tools"), f"{where}: field 'tools'")
+    messages, masked = normal_messages(with_system(messages, row.get("system")), where)
+    tools = normal_tools(row.get("tools"), where)
+    _check_message([messages, tools], where, -2)  # JSON text in it is read now
+    return Document(messages=messages, where=where, tools=tools, masked=masked)
 
 
 def _check_message(value: Any, where: str, depth: int = 0) -> None:

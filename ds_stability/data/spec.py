@@ -15,11 +15,16 @@ TEXT_DOCUMENTS = ("file", "paragraph", "line")
 
 @dataclass(frozen=True)
 class Document:
-    """One training document: a text, or the messages of a chat; `where` names its origin in error messages."""
+    """One training document: a text, or a chat; `where` names its origin in error messages.
+
+    messages and tools are in the form of messages.py; `masked` numbers the turns, from 0, that are not to be supervised.
+    """
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     where: str = ""
+    tools: list[dict[str, Any]] | None = None
+    masked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -79,23 +79,23 @@ def test_trimmed_offsets_and_empty_turns_lose_nothing(tokenizer, template):
     trimming = train_bpe(["a letter of French"], 300)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     trimming.chat_template = template
-    messages = [{"role": "assistant", "content": ""}, *CHAT, {"role": "assistant", "content": "", "tool_calls": None}]
+    messages = [{"role": "assistant", "content": ""}, *CHAT, {"role": "assistant", "content": ""}]
     ids, supervised = encode_chat(Document(messages=messages), trimming, True)
     text = trimming.decode([token for token, mark in zip(ids, supervised) if mark])
-    assert text.removeprefix("[assistant]") == "<|eos|> a letter of\n French<|eos|>welcome<|eos|><|eos|>"
+    assert text == "<|eos|> a letter of\n French<|eos|>welcome<|eos|><|eos|>"
 
 
 def test_a_chat_that_opens_with_the_assistant_or_lacks_it(tokenizer):
     tokenizer.chat_template = PLAIN
     ids, supervised = encode_chat(Document(messages=CHAT[1:2]), tokenizer, True)
     kept = [token for token, mark in zip(ids, supervised) if mark]
-    assert tokenizer.decode(kept).endswith(" a letter of\n French<|eos|>")
+    assert tokenizer.decode(kept) == " a letter of\n French<|eos|>"
     assert not any(encode_chat(Document(messages=CHAT[:1]), tokenizer, True)[1])
 
 
 @pytest.mark.parametrize("template, message", [
     (None, "no chat template"),
-    (REWRITING, "renders turn 2 differently"),
+    (REWRITING, "does not print turn 2"),
     ("{{ raise_exception('roles must alternate') }}", r"refuses the messages \(roles must alternate\)"),
     ("{% generation %}{% endgeneration %}{{ messages[0]['content'] }}", "marks no token of the assistant"),
 ])
