@@ -16,6 +16,7 @@ from .packing import PackedBlocks, StreamingBlocks, check_enough_blocks
 from .readers import read_documents
 from .spec import DataSpec, Document
 from .splitting import is_held_out, split_stream
+from .supervision import check_store, check_stream
 from .tokenizer import tokenizer_hash
 from .tokens import TokenStore, TokenStoreBuilder, build_store, encode_documents
 
@@ -47,6 +48,7 @@ def load_blocks(
     evaluation = _eval_blocks(eval_store, block_size, pad_id, spec) if info["held_out"] != "none" else None
     info |= {"train": _facts(train_store, train), "token_fingerprint": train_store.fingerprint()}
     info["train"]["dropped_tokens"] = train_store.num_tokens % block_size
+    info["train"] |= check_store(spec, train, evaluation, train_store)
     info["validation"] = _facts(eval_store, evaluation) if evaluation is not None else None
     return train, evaluation, info
 
@@ -138,19 +140,21 @@ def _load_streaming(
     separate = separate_validation(spec)
     split_off = separate is None and spec.validation_split_percentage > 0
     pad_id = pad_token_id(tokenizer)
+    documents = functools.partial(_streamed, spec, split_off)
     train = StreamingBlocks(
-        functools.partial(_streamed, spec, split_off), tokenizer, block_size, pad_id,
+        documents, tokenizer, block_size, pad_id,
         assistant_only_loss=spec.assistant_only_loss, shuffle_buffer=spec.shuffle_buffer, seed=spec.seed,
         max_blocks=spec.max_train_samples, min_blocks=world_size)
     info["held_out"] = separate or ("documents" if split_off else "none")
     if info["held_out"] == "none":
-        return train, None, info | {"validation": None}
+        return train, None, info | {"validation": None, "train": check_stream(spec, train, None, documents, tokenizer)}
     fraction = spec.validation_split_percentage / 100
-    documents = read_documents(spec, "validation") if separate else (
+    held_out = read_documents(spec, "validation") if separate else (
         document for document in read_documents(spec) if is_held_out(document, fraction, spec.seed))
-    store = _first_tokens(documents, tokenizer, spec, (spec.max_eval_samples or STREAMING_EVAL_BLOCKS) * block_size)
+    store = _first_tokens(held_out, tokenizer, spec, (spec.max_eval_samples or STREAMING_EVAL_BLOCKS) * block_size)
     evaluation = _eval_blocks(store, block_size, pad_id, spec)
-    return train, evaluation, info | {"validation": _facts(store, evaluation)}
+    checked = check_stream(spec, train, evaluation, documents, tokenizer)
+    return train, evaluation, info | {"validation": _facts(store, evaluation), "train": checked}
 
 
 def _first_tokens(documents: Iterator[Document], tokenizer: Any, spec: DataSpec, limit: int) -> TokenStore:

@@ -119,7 +119,7 @@ def test_arrow_pads_no_argument_of_a_call(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [
                 {"type": "function", "function": {"name": name, "arguments": arguments}}]}],
-             "tools": [{"type": "function", "function": {"name": name, "parameters": {"properties": dict.fromkeys(arguments, {"type": "string"})}}}]}
+             "tools": [{"type": "function", "function": {"name": name, "parameters": {"properties": {key: {"type": "string"} for key in arguments}}}}]}
             for name, arguments in (("weather", {"city": "Paris"}), ("add", {"a": 1, "b": 2}))]  # fmt: skip
     path = str(tmp_path / "a.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
