@@ -20,6 +20,7 @@ import torch
 from ds_stability.engine import engine_of
 from ds_stability.errors import UserError
 from ds_stability.gathered import base_model, is_partitioned, is_peft, random_state_kept, whole
+from ds_stability.merging import check_merge, check_saving, merge_adapter
 from ds_stability.model_card import model_card
 from ds_stability.run_dir import sync_directory, write_atomic, write_json_atomic
 
@@ -35,14 +36,17 @@ def check_exportable(module: torch.nn.Module) -> None:
     """Refuse what `export_model` could not save; call it before training rather than find out after.
 
     Raises:
-        UserError: not a transformers model, a peft method that cannot be merged, a generation config that transformers
-            refuses to save.
+        UserError: not a transformers model, an adapter that cannot be merged or that would act otherwise than merged, weights or a
+            generation config that transformers refuses to save.
     """
     model = base_model(module)
     if is_peft(module):
         methods = [f"{c.peft_type.value}" for c in module.peft_config.values() if c.is_prompt_learning]
         if methods:
             raise UserError(f"peft method {methods[0]} cannot be merged into the model; use LoRA or another adapter")
+        check_merge(module)
+    else:
+        _check_saving(model)
     try:
         with tempfile.TemporaryDirectory() as directory:
             model.generation_config.save_pretrained(directory)
@@ -50,6 +54,14 @@ def check_exportable(module: torch.nn.Module) -> None:
         reason = " ".join(str(error).split())
         message = f"the model's generation config cannot be saved ({reason}); mend generation_config.json"
         raise UserError(message) from None
+
+
+def _check_saving(model: "PreTrainedModel") -> None:
+    try:
+        check_saving(model)
+    except Exception as error:  # the class's own conversion; else it would end the run at its end
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{type(model).__name__}: its weights cannot be saved in the stored form ({reason})") from error
 
 
 def export_model(
@@ -171,52 +183,6 @@ def _save_model(
     # It goes by the first parameter, which may be one of those kept in fp32.
     saved["dtype"] = str(dtype).removeprefix("torch.")
     write_json_atomic(directory / "config.json", saved)
-
-
-def merge_adapter(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> "PreTrainedModel":
-    """The base model with the active adapters merged in, on the CPU, built apart from the live one.
-
-    Each layer is merged in fp32 and rounded to its own dtype once.
-    """
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    base = base_model(module)
-    with torch.device("meta"):
-        fresh = type(base)(copy.deepcopy(base.config))
-    fresh.generation_config = base.generation_config
-    configs = {name: _without_init(config) for name, config in module.peft_config.items()}
-    first, *others = configs
-    bare = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
-    twin = get_peft_model(fresh, configs[first], adapter_name=first, **bare)
-    for name in others:
-        twin.add_adapter(name, configs[name], **bare)
-    twin.base_model.set_adapter(module.active_adapters)
-    twin.load_state_dict(dict(state), assign=True)
-    for layer in twin.modules():
-        if isinstance(layer, BaseTunerLayer):
-            dtype = layer.get_base_layer().weight.dtype
-            for parameter in layer.parameters():
-                # A copy, also in fp32: merging writes in place, and the matrix may be tied to one without an adapter.
-                parameter.data = parameter.data.to(torch.float32, copy=True)
-            layer.merge()
-            layer.to(dtype)
-    merged = twin.unload()
-    inputs, outputs = merged.get_input_embeddings(), merged.get_output_embeddings()
-    # An adapter on one of two tied matrices has parted them.
-    if inputs is not None and outputs is not None and not torch.equal(inputs.weight, outputs.weight):
-        merged.config.tie_word_embeddings = False
-    return merged
-
-
-def _without_init(config: Any) -> Any:
-    """The adapter's config, with no initialization that would read weights (there are none on the meta device)."""
-    from peft import LoraConfig
-
-    config = copy.deepcopy(config)
-    if isinstance(config, LoraConfig):
-        config.init_lora_weights = False
-    return config
 
 
 def _publish(temporary: Path, directory: Path) -> None:

@@ -10,6 +10,7 @@ from ds_stability.data.readers import read_documents
 from ds_stability.data.tokenizer import train_bpe
 from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command, TrainArguments
+from ds_stability.merging import unsuitable_layers
 from ds_stability.weights import check_names, load_causal_lm
 
 
@@ -133,15 +134,19 @@ def _add_adapter(model: torch.nn.Module, arguments: Any, args: TrainArguments) -
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError:
         raise UserError("--use_peft needs the package peft; install ds_stability[peft]") from None
+    targets = arguments.lora_target_modules
+    # On routers and on matrices that a kernel reads an adapter does not act: the default leaves them out.
+    unfit = [] if targets else [name for name, _ in unsuitable_layers(model)]
     lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=arguments.lora_r, lora_alpha=arguments.lora_alpha,
-                      lora_dropout=arguments.lora_dropout,
-                      target_modules=arguments.lora_target_modules or "all-linear")  # fmt: skip
+                      lora_dropout=arguments.lora_dropout, target_modules=targets or "all-linear",
+                      exclude_modules=unfit or None)  # fmt: skip
     if args.gradient_checkpointing or args.activation_checkpointing:
         model.enable_input_require_grads()  # frozen embeddings would cut the graph off at the first checkpoint
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {arguments.lora_target_modules}: {_first_line(error)}") from None
+        flags = f"--lora_target_modules {' '.join(targets) if targets else '(all linear layers)'}, --lora_dropout {arguments.lora_dropout}"
+        raise UserError(f"{flags}: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException, limit: int = 200) -> str:
