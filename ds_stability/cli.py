@@ -8,6 +8,7 @@ A mistake of the user ends with exit code 2 and one line, `error: ...`, on stder
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -33,22 +34,70 @@ def _epilog(example: str, codes: str) -> dict[str, Any]:
 
 
 def add_inspect(subparsers: Any) -> None:
-    """`inspect FILE`: the resolved block, the loss path and warnings, without a GPU."""
+    """`inspect FILE`: the resolved block, the loss path and warnings; `inspect --data FILE...`: rows as they are trained."""
     parser = subparsers.add_parser(
-        "inspect", help="show the resolved stability block of a DeepSpeed JSON, its loss path and warnings",
-        **_epilog("ds-stability inspect ds_configs/zero3_bf16.json --stability_level 0:0,200:0.5", "0 the file and its block are valid; 2 one of them is not"),
+        "inspect", help="show the resolved stability block of a DeepSpeed JSON, or training data as it will be trained",
+        **_epilog("ds-stability inspect ds_configs/zero3_bf16.json --stability_level 0:0,200:0.5\n"
+                  "  ds-stability inspect --data chats.jsonl --tokenizer_name models/base --assistant_only_loss",
+                  "0 the file and its block, or the rows, are valid; 2 one of them is not"),
     )  # fmt: skip
-    parser.add_argument("file", help="DeepSpeed JSON with a stability block")
+    parser.add_argument("file", nargs="?", help="DeepSpeed JSON with a stability block")
     parser.add_argument("--stability_level", metavar="LEVEL", help='override the level: "0.5" or "0:0,200:0.5"')
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="show the first rows of these files, supervised tokens marked")
+    parser.add_argument("--html", metavar="OUT.html", help="write them as a page as well")
+    parser.add_argument("--rows", type=int, default=3, help="how many rows of --data (default: 3)")
+    _add_data_flags(parser)
     parser.set_defaults(run=_run_inspect)
 
 
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of launchers/train.py that decide how rows become tokens."""
+    parser.add_argument("--tokenizer_name", metavar="NAME", help="tokenizer or model folder, or hub name; default: a BPE of the data")
+    parser.add_argument("--vocab_size", type=int, default=1024, help="size of a BPE trained on the data (default: 1024)")
+    parser.add_argument("--block_size", type=int, default=512, help="tokens per block (default: 512)")
+    for flag, default in (("text_field", "text"), ("messages_field", "messages"), ("text_document", "file")):
+        parser.add_argument(f"--{flag}", default=default, metavar="NAME", help=f"as for training (default: {default})")
+    for flag in ("assistant_only_loss", "unwrap"):
+        parser.add_argument(f"--{flag}", action="store_true", help="as for training")
+
+
 def _run_inspect(args: argparse.Namespace) -> int:
+    if (args.file is None) == (args.data is None):
+        raise UserError(f"inspect: {'both' if args.file else 'neither'} a DeepSpeed JSON and --data FILE... "
+                        f"{'are' if args.file else 'is'} given; give one of them")
+    if args.data is not None:
+        return _inspect_data(args)
     from ds_stability.inspect_config import inspect_config, render
 
     report = inspect_config(args.file, args.stability_level)
     print(json.dumps(report.to_dict(), indent=2, allow_nan=False) if args.json else render(report))
+    return 0
+
+
+def _inspect_data(args: argparse.Namespace) -> int:
+    from ds_stability.console import quiet_libraries
+
+    quiet_libraries()
+    from ds_stability.atomic import write_atomic
+    from ds_stability.data import DataSpec
+    from ds_stability.data.inspection import view_data
+    from ds_stability.data.inspection_page import as_html, as_text
+
+    if args.json or args.stability_level is not None:
+        raise UserError(f"{'--json' if args.json else '--stability_level'} belongs to a DeepSpeed JSON; leave it out with --data")
+    spec = DataSpec(train_files=tuple(args.data), text_field=args.text_field, messages_field=args.messages_field,
+                    text_document=args.text_document, unwrap=args.unwrap, assistant_only_loss=args.assistant_only_loss)  # fmt: skip
+    view = view_data(spec, args.tokenizer_name, args.vocab_size, args.block_size, args.rows)
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+    print(as_text(view, color, max(20, width)))
+    if args.html:
+        try:
+            write_atomic(args.html, as_html(view))
+        except OSError as error:
+            raise UserError(f"--html {args.html}: cannot be written ({error.strerror})") from None
+        print(f"\nwritten to {safe_line(args.html)}")
     return 0
 
 

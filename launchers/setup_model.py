@@ -7,7 +7,7 @@ import torch
 
 from ds_stability.data.packing import check_block_size, check_vocabulary, packing_problem
 from ds_stability.data.readers import read_documents
-from ds_stability.data.tokenizer import train_bpe
+from ds_stability.data.tokenizer import load_pretrained, train_bpe
 from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command, TrainArguments
 from ds_stability.merging import unsuitable_layers
@@ -39,7 +39,7 @@ def load_tokenizer(command: Command, config: Any) -> tuple[Any, Any]:
     arguments = command.model
     name = arguments.tokenizer_name or arguments.model_name_or_path
     if name is not None:
-        tokenizer = _pretrained_tokenizer(command, name)
+        tokenizer = load_pretrained(name, arguments.model_revision, arguments.trust_remote_code)
     elif command.spec.dataset_name == "builtin:synthetic":
         from ds_stability.data.synthetic import SyntheticLanguage
 
@@ -97,17 +97,6 @@ def check_pretrained(command: Command, config: Any) -> None:
     check_names(name, f"--model_name_or_path {name}", config=config, revision=command.model.model_revision,
                 attn_implementation=command.model.attn_implementation,
                 trust_remote_code=command.model.trust_remote_code)  # fmt: skip
-
-
-def _pretrained_tokenizer(command: Command, name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=command.model.model_revision, trust_remote_code=command.model.trust_remote_code
-        )
-    except Exception as error:  # the readers of a foreign folder raise whatever they stumble over
-        raise UserError(f"{name}: no tokenizer could be loaded ({_first_line(error)}); pass --tokenizer_name") from None
 
 
 def _fit_vocabulary(config: Any, tokenizer: Any) -> None:

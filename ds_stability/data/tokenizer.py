@@ -44,6 +44,17 @@ def word_tokenizer(words: Iterable[str]) -> Any:
     return _wrap(backend, unk_token=UNKNOWN)
 
 
+def load_pretrained(name: str, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or a hub name. UserError if there is none that can be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the readers of a foreign folder raise whatever they stumble over
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{name}: no tokenizer could be loaded ({reason}); pass --tokenizer_name") from None
+
+
 def _wrap(backend: Any, **special: str) -> Any:
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast

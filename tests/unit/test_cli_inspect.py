@@ -134,7 +134,7 @@ def test_errors_are_one_line_on_stderr_with_exit_code_2(inspect, config, flags, 
         assert part in err
 
 
-@pytest.mark.parametrize("argv", [[], ["inspect"], ["inspct", "x"], ["inspect", "x", "--nope"]])
+@pytest.mark.parametrize("argv", [[], ["inspct", "x"], ["inspect", "x", "--nope"]])
 def test_usage_errors_are_one_line_too(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
