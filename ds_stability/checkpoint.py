@@ -22,6 +22,8 @@ from ds_stability.atomic import write_json_atomic
 from ds_stability.console import agree
 from ds_stability.errors import StabilityConfigError
 from ds_stability.layout import Piece, overlap, partition_layout
+from ds_stability.same_block import require_version
+from ds_stability.takeover import take_over
 
 KEY = "ds_stability"
 RANK_FILES = "ds_stability_rank_*.safetensors"
@@ -41,10 +43,10 @@ def save(engine, save_dir: str, tag: str, state: dict) -> None:
         save_slices(folder, stored, partition_layout(engine.optimizer), dist.get_rank(), dist.get_world_size())
 
 
-def load(engine, path: str, client_state: dict) -> dict | None:
-    """Take our key out of `client_state`, load this rank's tensors, and return the replicated state.
+def load(engine, path: str, client_state: dict) -> None:
+    """Take our key out of `client_state`, and let the engine's stability go on from it and from this rank's tensors.
 
-    At level 0 a plain DeepSpeed checkpoint may be continued: None then.
+    At level 0 a plain DeepSpeed checkpoint may be continued: nothing is loaded then. A branch takes over what fits (takeover.py).
 
     Raises:
         StabilityConfigError: the checkpoint has no stability state, or lacks a part of a tensor that this rank needs; on
@@ -53,16 +55,23 @@ def load(engine, path: str, client_state: dict) -> dict | None:
     state = client_state.pop(KEY, None)
     if state is None and not engine.stability.config.active:
         logger.warning("%s has no stability state: statistics start anew", path)
-        return None
+        return
     if state is None:
         raise StabilityConfigError(
             f"{path} has no stability state (a plain DeepSpeed checkpoint); start from its exported weights instead"
         )
+    stability, settle, kinds = engine.stability, (), set(MEANING)
     state = json.loads(json.dumps(state))
-    if _stored(engine.stability) and state["applied_steps"] > 0:  # before the first applied step there are none
-        averaged = state.get("ema") is not None and state["ema"]["updates"] > 0
-        agree(lambda: _load_tensors(engine, Path(path).parent, averaged))
-    return state
+    if stability.branching:
+        require_version(state)
+        fresh = {name: part.state_dict() for name, part in stability.stabilizers.items()}
+        taken = take_over(state, stability.config.to_dict(), fresh)
+        state, settle, kinds, stability.begun_anew = taken.state, taken.settle, taken.tensors, taken.anew
+    if state.get("ema") is None or state["ema"]["updates"] == 0:
+        kinds -= {AVERAGE}
+    if kinds & _stored(stability).keys() and state["applied_steps"] > 0:  # before the first applied step there are none
+        agree(lambda: _load_tensors(engine, Path(path).parent, kinds))
+    stability.load_state_dict(state, settle)
 
 
 def _stored(stability) -> dict[str, dict[int, torch.Tensor]]:
@@ -77,11 +86,11 @@ def _stored(stability) -> dict[str, dict[int, torch.Tensor]]:
     return stored
 
 
-def _load_tensors(engine, folder: Path, averaged: bool) -> None:
+def _load_tensors(engine, folder: Path, kinds: set[str]) -> None:
     stability = engine.stability
     partitions, layout = stability.gradients.partitions(), partition_layout(engine.optimizer)
     for kind, target in _stored(stability).items():
-        if kind == AVERAGE and not averaged:
+        if kind not in kinds:
             continue
         tensors = [torch.zeros_like(partition, requires_grad=False) for partition in partitions]
         load_slices(folder, kind, tensors, layout, dist.get_rank())

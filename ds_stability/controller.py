@@ -128,6 +128,11 @@ class FeedbackController:
             state.integral = _clip(state.integral + self.trim_ki * error, self.trim_max)
         state.trim = _clip(self.trim_kp * error + state.integral, self.trim_max)
 
+    def settle(self) -> None:
+        """Choose the setting of the coming step from a state that was loaded and had another block."""
+        if self.state.moment_steps:
+            self._choose_setting()
+
     def _choose_setting(self) -> None:
         """Solve for the gain of the coming step, and predict the mean weight under it."""
         state = self.state

@@ -142,7 +142,5 @@ class StabilityMixin:
         if path is not None and not warm_start:  # weights alone: the controller starts anew, as the optimizer does
             if self.load_universal_checkpoint():
                 mend_loaded_optimizer(self, Path(path).parent)
-            state = checkpoint.load(self, path, client_state)
-            if state is not None:
-                self.stability.load_state_dict(state)
+            checkpoint.load(self, path, client_state)
         return path, client_state

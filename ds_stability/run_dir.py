@@ -190,17 +190,21 @@ def check_output_dir(path: str | os.PathLike, resume: bool, identity: Mapping[st
 
 
 def _check_identity(run: RunDir, recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    found = difference({key: value for key, value in recorded.items() if key in identity}, identity)
+    if found is not None:
+        raise UserError(f"--output_dir {run.path}: {found}; give the same, or a new --output_dir")
+
+
+def difference(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
+    """The first setting that a recorded run has otherwise than this command, as text; None where all agree."""
     # Through JSON, so that a tuple given now equals the list that was read back.
-    before = _flatten({key: value for key, value in recorded.items() if key in identity})
-    now = _flatten(json.loads(json.dumps(dict(identity))))
+    before, now = _flatten(recorded), _flatten(json.loads(json.dumps(dict(given))))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key, _ABSENT) != now.get(key, _ABSENT))
-    if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise UserError(
-            f"--output_dir {run.path}: its run has {key} = {_show(before.get(key, _ABSENT))}, this command has "
-            f"{_show(now.get(key, _ABSENT))}{more}; give the same {key}, or a new --output_dir"
-        )
+    if not changed:
+        return None
+    key = changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f"its run has {key} = {_show(before.get(key, _ABSENT))}, this command has {_show(now.get(key, _ABSENT))}{more}"
 
 
 def _is_of_a_run(run: RunDir) -> bool:

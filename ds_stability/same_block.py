@@ -2,6 +2,7 @@
 
 from ds_stability.errors import StabilityConfigError
 
+STATE_VERSION = 1  # of the state that `Stability.state_dict` gives
 #: Keys that blocks did not always have, with what an absent one means.
 LATER = {"ema": None, "loss_kernel": "torch"}
 
@@ -15,6 +16,12 @@ def training_part(block: dict) -> dict:
 def without_absent(block: dict) -> dict:
     """The block as it was before `ema` and `loss_kernel` were keys, where they say what was done then: that is the same block."""
     return {key: value for key, value in block.items() if key not in LATER or value != LATER[key]}
+
+
+def require_version(state: dict) -> None:
+    """Raises StabilityConfigError for a state of another version of the format."""
+    if state["version"] != STATE_VERSION:
+        raise StabilityConfigError(f"stability state has version {state['version']}; this release reads {STATE_VERSION}")
 
 
 def require_same_block(old: dict, new: dict) -> None:

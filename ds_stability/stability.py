@@ -3,7 +3,7 @@
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -27,7 +27,7 @@ from ds_stability.measures import StabilityMeasures
 from ds_stability.noise import MicroGradientMeter
 from ds_stability.objectives.build import Preparation, token_objective
 from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
-from ds_stability.same_block import require_same_block, training_part
+from ds_stability.same_block import STATE_VERSION, require_same_block, require_version, training_part
 from ds_stability.stabilizers.build import NAMES, build_stabilizers
 from ds_stability.stabilizers.governance import check_target
 from ds_stability.statistics import (
@@ -41,7 +41,6 @@ from ds_stability.statistics import (
 )
 from ds_stability.weight_average import WeightAverage
 
-STATE_VERSION = 1
 logger = logging.getLogger(__name__)
 
 
@@ -63,6 +62,8 @@ class Stability:
         feedback, governance, clipping, averaging, regularization: the stabilizers; None where absent.
         governor_probe: how the governor measures on held-out text, or None.
         ema: the average of the weights, or None.
+        branching: whether the checkpoint to load is a trunk's, whose block may be another one (takeover.py).
+        begun_anew: what of a trunk's state did not fit, in words; None where no trunk was loaded.
     """
 
     def __init__(self, engine, config: StabilityConfig):
@@ -101,6 +102,7 @@ class Stability:
         self.stop_requested = False
         self.listeners: list[Callable[[int, dict], None]] = []
         self.recorder = self.probe = self.alarm = None
+        self.branching, self.begun_anew = False, None
         self.alarm_state: dict | None = None  # of a checkpoint, for the alarm that is still to be made
         self.started = time.perf_counter()
         self._prepare()
@@ -357,19 +359,23 @@ class Stability:
             "ema": self.ema.state_dict() if self.ema is not None else None,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, settle: Collection[str] = ()) -> None:
         """Continue from `state`.
+
+        Args:
+            settle: stabilizers whose setting of the coming step is still to be chosen (takeover.py).
 
         Raises:
             StabilityConfigError: the state was written under another block, or by another version of this format.
         """
-        if state["version"] != STATE_VERSION:
-            raise StabilityConfigError(f"stability state has version {state['version']}; this release reads {STATE_VERSION}")
+        require_version(state)
         require_same_block(training_part(state["config"]), training_part(self.config.to_dict()))
         for name in ("applied_steps", "skipped_steps", "skipped_in_a_row"):
             setattr(self, name, state[name])
         for name, part in self.stabilizers.items():
             part.load_state_dict(state["stabilizers"][name])
+            if name in settle:
+                part.settle()
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.alarm_state = state["alarm"]

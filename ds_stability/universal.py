@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from ds_stability.checkpoint import RANK_FILES
-from ds_stability.checkpoint_files import UNIVERSAL
 from ds_stability.errors import StorageError, UserError
 
 OPTIMIZER_FILES = "*zero_pp_rank_*_optim_states.pt"
@@ -46,8 +45,8 @@ def partitions_of(checkpoint: Path) -> int | None:
     return len(list(tag_folder(checkpoint).glob(OPTIMIZER_FILES))) or None
 
 
-def convert(checkpoint: Path, step: int) -> Path:
-    """Convert OUTPUT_DIR/checkpoint-N into OUTPUT_DIR/.universal-N and return that; what was there is replaced.
+def convert(checkpoint: Path, target: Path) -> Path:
+    """Convert a checkpoint-N into the folder `target` and return that; what was there is replaced.
 
     For one process, which holds the run's lock. The folder has the shape of a checkpoint, so that Trainer can resume from
     it; delete it once it is loaded.
@@ -56,8 +55,7 @@ def convert(checkpoint: Path, step: int) -> Path:
         UserError: another number of ranks is not possible for this checkpoint; one line says why.
         StorageError: the disk is full.
     """
-    target = checkpoint.with_name(f"{UNIVERSAL}{step}")
-    part = checkpoint.with_name(f"{UNIVERSAL}{step}.part")
+    part = target.with_name(f"{target.name}.part")
     for folder in (target, part):
         if folder.exists():
             shutil.rmtree(folder)

@@ -103,7 +103,8 @@ def describe_run(model: str | ModelPath) -> dict[str, Any] | None:
 
     Returns:
         name, path, level (a number, or [[step, level], ...]), arm, seed, architecture, axes, stability (the resolved
-        block), final (the last line of metrics.jsonl), held_out (how it was split off), data (the DataSpec), git.
+        block), branch (checkpoint and step of its trunk, or None), final (the last line of metrics.jsonl), held_out (how it
+        was split off), data (the DataSpec), git.
     """
     found = resolve_model(model) if isinstance(model, str) else model
     if found.run is None:
@@ -122,6 +123,7 @@ def describe_run(model: str | ModelPath) -> dict[str, Any] | None:
         "architecture": axes.get("architecture") or _model_type(run.final),
         "axes": axes,
         "stability": stability,
+        "branch": {key: branch.get(key) for key in ("checkpoint", "step")} if (branch := _object(manifest.get("branch"))) else None,
         "final": _last_metrics(run.metrics),
         "done": run.done.exists(),
         "corpus_fingerprint": data.get("corpus_fingerprint"),

@@ -103,12 +103,14 @@ def stability_rows(groups: dict[Group, list[Cell]], runs: dict[str, list[dict[st
 
 
 def warmup(cell: Cell) -> int:
-    """Warm-up steps of the cell's run, 0 where its stability block does not say."""
+    """Step from which the cell's block acts: after its warm-up, or after the branch point; 0 where the run does not say."""
     run = cell.meta.get("run") or {}
     block = run.get("stability") if isinstance(run.get("stability"), dict) else {}
     controller = block.get("controller")
     steps = controller.get("warmup_steps") if isinstance(controller, dict) else None
-    return steps if isinstance(steps, int) else 0
+    branch = run.get("branch") if isinstance(run.get("branch"), dict) else {}
+    begun = branch.get("step")
+    return max(steps if isinstance(steps, int) else 0, begun if isinstance(begun, int) else 0)
 
 
 def settled_ratio(cell: Cell, steps: Sequence[dict[str, Any]]) -> float | None:

@@ -10,20 +10,19 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from ds_stability.checkpoint_files import size_fault
 from ds_stability.config import StabilityConfig, split_config, unsupported
 from ds_stability.config_errors import did_you_mean
 from ds_stability.data import DataSpec
 from ds_stability.data.tokenizer import MIN_BPE_VOCABULARY
 from ds_stability.deepspeed_config import load_ds_config, section
 from ds_stability.errors import UserError
+from ds_stability.launchers.starting_point import starting_point
 from ds_stability.objectives.config import parse_objective_flag
-from ds_stability.run_dir import RunDir, check_output_dir
+from ds_stability.run_dir import check_output_dir
 from ds_stability.safe_read import read_yaml
 from ds_stability.schedule import parse_level_flag
 from ds_stability.stabilizers.feedback import read_gains
@@ -107,6 +106,9 @@ class TrainArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "evaluation blocks per device"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide non-finite losses from the log"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "as in transformers; position_ids are needed"})
+    branch_from: str | None = field(
+        default=None, metadata={"help": "RUN/checkpoint-N of another run, from whose state this one goes on in a folder of its own"}
+    )
     log_on_each_node: bool = field(default=False, metadata={"help": "log on every host, not on the first alone"})
 
 
@@ -122,11 +124,22 @@ class Command:
     spec: DataSpec
     resume: str | None  # the checkpoint to continue from: the named one, or the newest that seems whole
     resume_mode: str = "false"  # false, true, auto, or path
+    trunk: str | None = None  # the checkpoint that the run is a branch of
     config_file: str | None = None
 
     @property
     def output_dir(self) -> str:
         return self.training["output_dir"]
+
+    @property
+    def branches(self) -> bool:
+        """Whether the run starts from its trunk's checkpoint, not from one of its own."""
+        return self.trunk is not None and self.resume == self.trunk
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run starts from a checkpoint of its own."""
+        return self.resume is not None and not self.branches
 
 
 class _Parser(HfArgumentParser):
@@ -176,10 +189,9 @@ def parse_command(argv: list[str]) -> Command:
         raise UserError("--streaming has no known length: give --max_steps, the number of optimizer steps to train")
     if data.block_size < 2:
         raise UserError(f"--block_size {data.block_size}: allowed is a number of tokens from 2")
-    mode = resume_mode(training["resume_from_checkpoint"])
-    resume = _resume_path(training, mode)
-    check_output_dir(training["output_dir"], resume is not None, restart=mode == "auto")
-    return Command(model, data, stability, training, ds_config, spec, resume, mode, namespace["config"])
+    mode, resume, trunk = starting_point(training)
+    check_output_dir(training["output_dir"], resume not in (None, trunk), restart=mode == "auto")
+    return Command(model, data, stability, training, ds_config, spec, resume, mode, trunk, namespace["config"])
 
 
 def _make_parser() -> _Parser:
@@ -330,37 +342,6 @@ def _data_spec(data: DataArguments) -> DataSpec:
     kwargs = {name: value for name, value in values.items() if name in names}
     return DataSpec(train_files=tuple(data.train_file or ()), validation_files=tuple(data.validation_file or ()),
                     seed=data.split_seed, **kwargs)  # fmt: skip
-
-
-def resume_mode(given: Any) -> str:
-    """`--resume_from_checkpoint` as false, true, auto, or path."""
-    text = "false" if given is None else str(given).lower()
-    return text if text in ("false", "true", "auto") else "path"
-
-
-def _resume_path(training: dict[str, Any], mode: str) -> str | None:
-    """The checkpoint folder to continue from, as far as file sizes tell that it is whole; None to start anew."""
-    given, output_dir = training["resume_from_checkpoint"], training["output_dir"]
-    if mode == "false":
-        return None
-    if mode in ("true", "auto"):
-        run = RunDir(output_dir)
-        found = run.complete_checkpoints()
-        if not found and mode == "true":
-            kind = "complete checkpoint" if run.checkpoints() else "checkpoint"
-            raise UserError(f"--resume_from_checkpoint true: {output_dir} holds no {kind}; leave the flag out, and use an empty "
-                            "--output_dir, or give auto, which then starts anew")  # fmt: skip
-        return str(found[-1][1]) if found else None
-    if not os.path.isdir(given):
-        raise UserError(f"--resume_from_checkpoint {given}: no such checkpoint folder; give true, auto, or OUTPUT_DIR/checkpoint-N")
-    fault = size_fault(Path(given))
-    if fault is not None:
-        raise UserError(f"--resume_from_checkpoint {given}: is not a complete checkpoint ({fault}); give true, or another "
-                        "checkpoint-N")  # fmt: skip
-    if os.path.dirname(os.path.realpath(given)) != os.path.realpath(output_dir):
-        raise UserError(f"--resume_from_checkpoint {given}: is not a checkpoint of --output_dir {output_dir}; a run is "
-                        "continued in its own folder (for new weights in a new run give --model_name_or_path)")
-    return str(given)
 
 
 def trainer_ds_config(command: Command) -> dict[str, Any]:

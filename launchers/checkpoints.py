@@ -122,12 +122,14 @@ def checkpoint_to_load(command: Command) -> str | None:
     Raises:
         UserError: the named one is damaged, or none is whole; on every rank.
     """
-    named = command.resume_mode == "path"
     if command.resume_mode in ("true", "auto"):
         agree(lambda: _finish_saving(RunDir(command.output_dir)))
     found = RunDir(command.output_dir).checkpoints() if command.resume_mode in ("true", "auto") else []
-    candidates = [[command.resume] if named else [os.fspath(path) for _, path in reversed(found)]]
+    named = not found
+    candidates = [[command.resume or command.trunk] if named else [os.fspath(path) for _, path in reversed(found)]]
     dist.broadcast_object_list(candidates, src=0)
+    if candidates[0] == [None]:
+        return None
     damaged = []
     for folder in map(Path, candidates[0]):
         fault = _first_fault(folder)
@@ -136,10 +138,8 @@ def checkpoint_to_load(command: Command) -> str | None:
                 print(f"warning: {'; '.join(damaged)}; going on from {folder.name}", flush=True)
             return os.fspath(folder)
         damaged.append(f"{folder.name} is damaged ({fault})")
-    if not damaged:
-        return None
-    advice = "give true, or another checkpoint-N" if named else "no checkpoint is whole; start in a new --output_dir"
-    error = UserError(f"--resume_from_checkpoint: {'; '.join(damaged)}; {advice}")
+    advice = "give another checkpoint-N" if named else "no checkpoint is whole; start in a new --output_dir"
+    error = UserError(f"--{'branch_from' if command.branches else 'resume_from_checkpoint'}: {'; '.join(damaged)}; {advice}")
     error.everywhere = True
     raise error
 

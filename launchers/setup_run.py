@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 from ds_stability import engine_of
 from ds_stability.checkpoint_files import remove_remains
 from ds_stability.console import agree, global_rank
+from ds_stability.data.fingerprint import corpus_fingerprint
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
 from ds_stability.data.overlap import MAX_TOKENS, overlapping_share, supervised_ids
 from ds_stability.data.packing import PaddedBlocks
@@ -24,7 +25,10 @@ from ds_stability.data.tokenizer import tokenizer_hash
 from ds_stability.errors import AlarmStoppedError, StoppedError, UserError
 from ds_stability.integrations.alarm import Alarm, blocks_of_file
 from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
+from ds_stability.launchers.branch import branch_entry, branch_identity, require_same_order, require_trunk
+from ds_stability.launchers.data_order import Batches
 from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
+from ds_stability.launchers.starting_point import step_of
 from ds_stability.launchers.world_size import require_same_batch
 from ds_stability.preemption import StopSignals
 from ds_stability.probe import Probe, prompts_from_blocks, prompts_from_file
@@ -46,23 +50,31 @@ def high_frequency(command: Command, tokenizer: Any, config: Any, train_data: An
 
 
 def require_same_run(command: Command, run: RunDir, identity: dict[str, Any]) -> None:
-    """A checkpoint is only continued by the run that wrote it: same model, data, global batch and stability block."""
-    if command.resume is not None:
+    """A checkpoint is only continued by the run that wrote it: same model, data, global batch and stability block; or by a
+    branch of it, which needs less."""
+    if command.branches:
+        require_trunk(command, identity)
+    if command.continues:
         check_output_dir(run.path, True, identity)
+        require_same_order(command, run)
         require_same_batch(command, run)
     elif command.resume_mode == "auto" and run.manifest.exists():  # a run that died early: start it anew, but no other one's
         check_output_dir(run.path, True, identity)
+        if command.trunk is None and "branch" in run.read_manifest():
+            trunk = run.read_manifest()["branch"]["checkpoint"]
+            raise UserError(f"--output_dir {run.path}: its run is a branch of {trunk} and has no checkpoint yet; give --branch_from {trunk}, or "
+                            "a new --output_dir")  # fmt: skip
 
 
 def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: dict, frequent: HighFrequencySet,
-              args: TrainArguments) -> None:  # fmt: skip
+              args: TrainArguments, batches: Batches) -> None:  # fmt: skip
     """Lock the folder; for a new run write the manifest and high_frequency.json. On rank 0, after all that can be wrong
     was checked."""
     if args.process_index != 0:
         return
-    hold_run(run.create(), command.resume is not None or command.resume_mode == "auto")
+    hold_run(run.create(), command.continues or command.resume_mode == "auto")
     remove_remains(run.path)
-    if command.resume is not None:
+    if command.continues:
         _leave_behind(command, run)
         return
     if command.resume_mode == "auto":
@@ -77,14 +89,14 @@ def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: di
         "stability": identity["stability"],
     }
     seeds = {"seed": args.seed, "data_seed": args.data_seed if args.data_seed is not None else args.seed}
-    run.write_manifest(build_manifest(config=resolved, identity=identity, seeds=seeds, data=facts,
-                                      world_size=args.world_size, hosts=_hosts()))  # fmt: skip
+    manifest = build_manifest(config=resolved, identity=identity, seeds=seeds, data=facts, world_size=args.world_size, hosts=_hosts())
+    run.write_manifest(manifest | (branch_entry(command, batches) if command.branches else {}))
     frequent.save(os.fspath(run.path / FILE_NAME))
 
 
 def _leave_behind(command: Command, run: RunDir) -> None:
     """Going back to a named checkpoint leaves the later ones behind: they are no newest ones any more."""
-    step = int(os.path.basename(os.path.normpath(command.resume)).rpartition("-")[2])
+    step = step_of(command.resume)
     later = [path for number, path in run.checkpoints() if number > step] if command.resume_mode == "path" else []
     if later:
         print(f"note: {', '.join(path.name for path in later)} moved to {set_aside(run, later)}", flush=True)
@@ -131,7 +143,13 @@ def settings_identity(command: Command, config: Any) -> dict[str, Any]:
         "block_size": command.data.block_size,
         "seed": command.training["seed"],
         "stability": without_absent(command.stability.to_dict()),
-    }  # fmt: skip
+    } | ({"branch": branch_identity(command.trunk)} if command.trunk is not None else {})  # fmt: skip
+
+
+def early_identity(command: Command, config: Any) -> dict[str, Any]:
+    """The part of `run_identity` that costs no tokenizer."""
+    settings = {key: value for key, value in settings_identity(command, config).items() if key != "model_config"}
+    return settings | {"data": corpus_fingerprint(command.spec)}
 
 
 def _hosts() -> list[str]:

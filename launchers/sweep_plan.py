@@ -24,7 +24,8 @@ looked for in the working directory, then in the repository (the installed packa
 A value may name files of another cell, which is then trained first: "{cell:arm=feedback,level=0.5}/metrics.jsonl". The
 cell is the one with these values on its axes; where several have them, the one that also has the referring cell's own
 values on the other axes (its seed, its architecture). `seed=next` means another seed than the referring cell's: the one
-after it in the file, after the last the first; so for any axis.
+after it in the file, after the last the first; so for any axis. A cell can be a branch of another one:
+`branch_from: "{cell:arm=trunk}/checkpoint-200"`.
 """
 
 import itertools

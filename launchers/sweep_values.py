@@ -17,7 +17,7 @@ BLOCK = "stability."
 BLOCK_FLAGS = {"stability_level": "stability.level", "stability_loss_path": "stability.loss_path",
                "stability_objective": "stability.objective",
                "high_frequency_file": "stability.statistics.high_frequency_file"}  # fmt: skip
-PATH_KEYS = frozenset("""config_name model_name_or_path tokenizer_name deepspeed train_file validation_file data_cache_dir
+PATH_KEYS = frozenset("""branch_from config_name model_name_or_path tokenizer_name deepspeed train_file validation_file data_cache_dir
     stability.statistics.high_frequency_file stability.probe.prompts_file stability.stabilizers.feedback.replay
     stability.alarm.reference_file stability.objective.reference""".split())
 LABEL_LENGTH = 40

@@ -40,11 +40,13 @@ from ds_stability.gathered import base_model  # noqa: E402
 from ds_stability.integrations.transformers import enable  # noqa: E402
 from ds_stability.launch_environment import complete_environment  # noqa: E402
 from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
+from ds_stability.launchers.branch import BranchingTrainer, global_batches, require_trunk  # noqa: E402
 from ds_stability.launchers.checkpoints import WholeCheckpoints, checkpoint_to_load  # noqa: E402
 from ds_stability.launchers.data_order import OrderedTrainer, check_order, in_order  # noqa: E402
 from ds_stability.launchers.setup_model import build_model, check_pretrained, load_config, load_tokenizer  # noqa: E402
 from ds_stability.launchers.setup_run import (  # noqa: E402
     RunCallback,
+    early_identity,
     finish_run,
     high_frequency,
     require_same_run,
@@ -64,7 +66,7 @@ from ds_stability.siblings import look_around  # noqa: E402
 from ds_stability.universal import load_universal  # noqa: E402
 
 
-class StabilityTrainer(OrderedTrainer, WholeCheckpoints):
+class StabilityTrainer(BranchingTrainer, OrderedTrainer, WholeCheckpoints):
     """Trainer whose evaluation loss is exact over tokens, and which makes sure that the run is as distributed as asked."""
 
     checked = False
@@ -228,14 +230,17 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         command = dataclasses.replace(command, ds_config=load_universal(command.ds_config))
     args = training_arguments(command)
     check_order(args, command.data.streaming)
-    if changed:
+    if changed and not command.branches:
         check_flags(args)
+    if command.branches:
+        agree(lambda: require_trunk(command, early_identity(command, config)))
     set_seed(args.seed)
     tokenizer, config = agree(lambda: load_tokenizer(command, config))
     train_data, eval_data, facts = load_data(command, tokenizer, args)
     frequent = agree(lambda: high_frequency(command, tokenizer, config, train_data, facts))
     identity = run_identity(command, config, facts)
     agree(lambda: require_same_run(command, run, identity))
+    batches = agree(lambda: global_batches(command, args, train_data))
     model = agree(lambda: build_model(command, config, tokenizer, args))
     check_exportable(model)
     enable()
@@ -244,10 +249,10 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         eval_data = pad_to_multiple(eval_data, args.world_size * args.per_device_eval_batch_size)
     callback = RunCallback(command, run, tokenizer, train_data if eval_data is None else eval_data, frequent,
                            evaluate_last=eval_data is not None, signals=signals)  # fmt: skip
-    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    trainer = StabilityTrainer(model=model, args=args, train_dataset=in_order(train_data, [(0, global_batch)]),
+    trainer = StabilityTrainer(model=model, args=args, train_dataset=in_order(train_data, batches), batches=batches,
                                eval_dataset=eval_data, data_collator=default_data_collator, callbacks=[callback])  # fmt: skip
-    agree(lambda: start_run(command, run, identity, facts, frequent, args))
+    trainer.trunk = command.trunk if command.branches else None
+    agree(lambda: start_run(command, run, identity, facts, frequent, args, batches))
     agree(lambda: require_visible(run))
     checkpoint = command.resume
     if changed:

@@ -8,9 +8,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from ds_stability import engine_of
+from ds_stability.checkpoint_files import UNIVERSAL
 from ds_stability.console import agree
 from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command, TrainArguments
+from ds_stability.launchers.starting_point import step_of
 from ds_stability.run_dir import RunDir, utc_now
 from ds_stability.universal import convert, partitions_of
 
@@ -76,8 +78,10 @@ def convert_checkpoint(command: Command) -> Path:
 def _convert(command: Command) -> Path:
     checkpoint, run, ranks = Path(command.resume), RunDir(command.output_dir), dist.get_world_size()
     print(f"note: {checkpoint.name} was written by {partitions_of(checkpoint)} processes and is converted for {ranks}", flush=True)
-    step = int(checkpoint.name.rpartition("-")[2])
-    folder = convert(checkpoint, step)
+    step = step_of(checkpoint)
+    folder = convert(checkpoint, run.path / f"{UNIVERSAL}{step}")
+    if command.branches:  # whose manifest has its number of processes
+        return folder
     manifest = run.read_manifest()
     change = {"after_step": step, "world_size": ranks, "at": utc_now()}
     run.write_manifest({**manifest, "world_size_changes": [*manifest.get("world_size_changes", []), change]})

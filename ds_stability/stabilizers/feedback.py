@@ -23,6 +23,9 @@ class Feedback:
     def update(self, sums):
         self.controller.update(sums)
 
+    def settle(self):
+        self.controller.settle()
+
     def metrics(self):
         state, setting = self.controller.state, self.controller.setting
         return {

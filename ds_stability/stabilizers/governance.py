@@ -106,6 +106,9 @@ class Governance:
         self._choose_setting()
         self._tell_saturation()
 
+    def settle(self) -> None:
+        self._choose_setting()
+
     def _choose_setting(self) -> None:
         """The setting of the coming step; token weights as feedback predicts them from the smoothed histogram."""
         self.setting, output = Setting(), self.governor.state.output

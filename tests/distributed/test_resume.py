@@ -175,3 +175,40 @@ def test_tensorboard_shows_every_step_once(pair):
         series.append([(event.step, event.value) for event in events.Scalars("cross_entropy")])
     assert [step for step, _ in series[0]] == list(range(1, STEPS + 1))
     assert series[0] == series[1]
+
+
+@pytest.fixture(scope="module")
+def branch(pair, run_ranks):
+    """(trunk, a branch of its checkpoint-4 that changes nothing, the same branch stopped after step 8 and started again)."""
+    trunk, folder = pair[0], pair[0].path.parent
+    files = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(trunk.path.rglob("*")) if path.is_file()}
+    runs = RunDir(folder / "branch"), RunDir(folder / "stopped")
+    command = ("--branch_from", trunk.checkpoint(4), "--resume_from_checkpoint", "auto")
+    for run in runs:
+        done = train(run_ranks, folder, run.path.name, *command)
+        assert run.done.exists(), done.stdout[-2000:] + done.stderr[-5000:]
+        if run is runs[0]:
+            assert f"branch of {trunk.checkpoint(4)}: weights, optimizer, steps and data go on, and so does all" in done.stdout
+            shutil.copytree(run.path, runs[1].path)
+            for path in (runs[1].done, runs[1].final, runs[1].checkpoint(12), runs[1].checkpoint(STEPS)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(trunk.path.rglob("*")) if path.is_file()} == files
+    return trunk, *runs
+
+
+def test_a_branch_that_changes_nothing_is_the_trunk(branch):
+    trunk, *runs = branch
+    for run in runs:
+        assert lines(run) == lines(trunk)[4:]  # from the branch point on
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            assert (run.final / name).read_bytes() == (trunk.final / name).read_bytes(), name
+        states = [(each.checkpoint(STEPS) / f"global_step{STEPS}" / "stability_state.json").read_text() for each in (trunk, run)]
+        assert states[0] == states[1]
+
+
+def test_a_branch_names_its_trunk(branch):
+    trunk, *runs = branch
+    for run in runs:
+        entry = run.read_manifest()["branch"]
+        assert entry["run"] == str(trunk.path) and entry["step"] == 4 and entry["identity"] == trunk.read_manifest()["identity"]
+        assert [step for step, _ in run.complete_checkpoints()] == [8, 12, STEPS]

@@ -144,8 +144,7 @@ def kinds(blocks):
     return {"map": lambda: Numbered(blocks), "stream": lambda: Stream(blocks), "shuffled": lambda: Stream(blocks, shuffle_buffer=5, seed=3)}
 
 
-@pytest.mark.parametrize("kind", ["map", "stream", "shuffled"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("kind", "workers"), [("map", 0), ("stream", 0), ("shuffled", 0), ("shuffled", 2)])
 def test_every_pass_trains_each_block_once_and_a_resumed_run_goes_on(tmp_path, kind, workers):
     """23 blocks, 4 a step: 6 steps a pass, the last one filled up with a masked block; the third pass ends with the run."""
     data, batches = kinds(23)[kind], [(0, 4)]
@@ -155,7 +154,7 @@ def test_every_pass_trains_each_block_once_and_a_resumed_run_goes_on(tmp_path, k
     for begin in (0, 6):
         assert sorted(chain(*whole[begin : begin + 6])) == [MASKED, *range(23)]
     assert (whole[:6] == whole[6:12]) == (kind == "stream")
-    for step, layout in ((3, (2, 2)), (6, (1, 4)), (9, (2, 2)), (12, (4, 1)), (13, (2, 2)), (14, (2, 2))):
+    for step, layout in ((6, (1, 4)), (9, (2, 2)), (13, (4, 1)), (14, (2, 2))):
         assert run(tmp_path, data(), batches, layout, 14, resume=step, **more) == whole[step:], step
 
 

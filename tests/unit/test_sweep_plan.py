@@ -310,6 +310,39 @@ def test_a_changed_flag_is_named_as_it_was_given(plan_of, tmp_path):
         check_cells(plan_of("block_size=1"), tmp_path / "runs")
 
 
+BRANCHES = {"arms": {"trunk": {"flags": {"stability.level": 0.0}},
+                     "branch": {"flags": {"branch_from": "{cell:arm=trunk}/checkpoint-8"}, "grid": {"stability.level": [0.25, 0.5]}}},
+            "flags": {**BASE, "save_steps": 4}, "grid": {"seed": [0, 1]}}  # fmt: skip
+
+
+def test_branches_of_a_cell(plan_of, tmp_path):
+    plan = plan_of(**BRANCHES)
+    commands = check_cells(plan, tmp_path / "runs")
+    cells = {cell.id: cell for cell in plan.cells}
+    branches = [cell for cell in plan.cells if cell.arm == "branch"]
+    assert len(plan.cells) == 6 and len(branches) == 4
+    for cell in branches:
+        (needed,) = cell.needs
+        assert cells[needed].arm == "trunk" and cells[needed].axes["seed"] == cell.axes["seed"]
+        assert cell.resolved(Path("/s"))[0]["branch_from"] == f"/s/{needed}/checkpoint-8"
+        assert commands[cell.id].stability.level == cell.axes["level"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"flags": {**BASE, "save_steps": 5}}, r"cell branch_\S+: arms.branch.flags.branch_from .* saves every 5 steps up to step 20, so never 8"),
+    ({"flags": {**BASE, "save_steps": 4, "save_total_limit": 2}}, "keeps its last 2 checkpoints only"),
+    ({"flags": {**BASE, "save_steps": 4, "max_steps": 8}}, "the branch goes on from step 8 of its trunk"),
+    ({"grid": {}, "arms": {**BRANCHES["arms"], "trunk": {"flags": {"seed": 3}}}}, "the trunk has seed 3, this cell 42"),
+    ({"arms": {**BRANCHES["arms"], "branch": {"flags": {"branch_from": "{cell:arm=trunk}/final"}}}}, "allowed is a checkpoint of the cell"),
+    ({"arms": {"branch": {"flags": {"branch_from": "nowhere/checkpoint-8"}}}}, "nowhere/checkpoint-8: no such checkpoint folder"),
+])  # fmt: skip
+def test_branches_that_cannot_be(plan_of, tmp_path, changes, message):
+    plan = plan_of(**{**BRANCHES, **changes})
+    with pytest.raises(UserError, match=message) as error:
+        check_cells(plan, tmp_path / "runs")
+    assert "\n" not in str(error.value)
+
+
 def test_flag_words():
     words = flag_words({"a": [1, "b"], "c": True, "d": None, "e": {"x": 1}, "f": 1e-3})
     assert words == ["--a", "1", "b", "--c", "true", "--e", '{"x": 1}', "--f", "0.001"]

@@ -57,7 +57,7 @@ def test_a_mixture_of_experts_is_refused(tmp_path, capsys):
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
     checkpoint = write_checkpoint(tmp_path, {0: {"momentum_buffer": torch.ones(3)}})
     with pytest.raises(UserError) as caught:
-        convert(checkpoint, 4)
+        convert(checkpoint, tmp_path / ".universal-4")
     assert str(caught.value).startswith(f"{checkpoint}: another number of processes") and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
@@ -65,7 +65,7 @@ def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path):
 def test_what_deepspeed_cannot_convert_is_one_line_and_leaves_nothing(tmp_path):
     checkpoint = write_checkpoint(tmp_path, {0: ADAM})  # no model states beside
     with pytest.raises(UserError) as caught:
-        convert(checkpoint, 4)
+        convert(checkpoint, tmp_path / ".universal-4")
     assert "could not convert it" in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
