@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_stability.data.text_files import iter_lines
+from ds_stability.data.tokenizer import prompt_ids
 from ds_stability.errors import UserError
 from ds_stability.gathered import base_model, is_partitioned, standalone_module, weight_bytes
 from ds_stability.run_dir import RunDir, write_atomic
@@ -296,7 +297,7 @@ def prompts_from_file(
             if len(line) > MAX_CHARACTERS:
                 raise UserError(f"{path} line {number}: has {len(line)} characters, at most {MAX_CHARACTERS} are allowed")
             if line.strip():
-                prompts.append(tokenizer(line.rstrip("\n"))["input_ids"])
+                prompts.append(prompt_ids(line.rstrip("\n"), tokenizer))
             if len(prompts) == num_prompts:
                 break
     except UserError as error:

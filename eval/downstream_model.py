@@ -16,6 +16,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from ds_stability.data.tokenizer import without_end
+
 from .downstream_batches import Answer, BatchRunner, Request, digest
 from .downstream_generation import GenerationSettings, generate
 
@@ -31,13 +33,6 @@ def context_length_of(config: Any) -> int:
         if isinstance(values.get(name), int):
             return values[name]
     return DEFAULT_CONTEXT_LENGTH
-
-
-def without_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text without the end token that some tokenizers put after every text: it is to be continued."""
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        return ids[:-1]
-    return ids
 
 
 class HarnessModel(TemplateLM):

@@ -6,6 +6,7 @@ from typing import Any
 
 from ds_stability.data.spec import Document, check_file
 from ds_stability.data.text_files import iter_lines
+from ds_stability.data.tokenizer import prompt_ids
 from ds_stability.data.tokens import encode_documents, leading_ids
 from ds_stability.errors import UserError
 from ds_stability.safe_read import parse_json
@@ -126,9 +127,7 @@ def _row(line: str, where: str) -> tuple[str, str | None]:
 
 
 def _prompt(index: int, text: str, reference: str | None, where: str, tokenizer: Any, continuation: int | None) -> Prompt:
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers end a text with EOS, after which nothing is to be said
+    ids = prompt_ids(text, tokenizer)
     if not ids:
         raise UserError(f"{where}: the prompt has no token")
     if reference is None:

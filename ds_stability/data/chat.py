@@ -30,7 +30,7 @@ def encode_chat(document: Document, tokenizer: Any, assistant_only_loss: bool) -
     spans = assistant_spans(chat, text)
     encoded = _tokenize(tokenizer, text, return_offsets_mapping=True)
     supervised = inside(encoded["offset_mapping"], spans)
-    if not any(supervised) and set(_assistants(chat)) - set(document.masked):
+    if not any(supervised) and set(chat.assistants) - set(document.masked):
         raise UserError(f"{document.where}: the chat template marks no token of the assistant's turns; drop "
                         "--assistant_only_loss or mend the template")
     return encoded["input_ids"], supervised
@@ -44,16 +44,15 @@ def render_chat(document: Document, tokenizer: Any) -> str:
 def assistant_spans(chat: Rendering, text: str) -> list[Span]:
     """Character spans of what the assistant wrote in `text` (see `_ended`), end tokens included.
 
-    `{% generation %}` marks in the template decide, if it has them: but what ends the last marked span's turn belongs to it,
-    and to every other span that it follows.
+    `{% generation %}` marks in the template decide, if it has them; but the token that ends a turn belongs to it.
     """
-    turns = [number for number in _assistants(chat) if number not in chat.document.masked]
+    turns = [number for number in chat.assistants if number not in chat.document.masked]
     if not turns:
         return []
     if not _GENERATION.search(chat.tokenizer.get_chat_template(tools=chat.document.tools)):
         return Turns(chat, text).spans(turns)
-    spans = _with_ends(chat, text, chat.marked_spans(chat.messages))
-    masked = [Turns(chat, text).region(number) for number in chat.document.masked if number in _assistants(chat)]
+    spans = _with_end_tokens(chat, text, chat.marked_spans(chat.messages))
+    masked = [Turns(chat, text).region(number) for number in chat.document.masked if number in chat.assistants]
     return [span for span in spans if not any(span[0] <= end and start <= span[1] for start, end in masked)]
 
 
@@ -67,20 +66,17 @@ class Turns:
 
     def __init__(self, chat: Rendering, text: str):
         self.chat, self.text = chat, text
-        self.mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in chat.text)  # private use: in no text, in no template
-        self.special = _special_tokens(chat.tokenizer)
         self.prompts: dict[str, str] = {}
 
     def spans(self, turns: list[int]) -> list[Span]:
         """Spans of these turns: from the end of the generation prompt to the end token."""
-        end_of_turn = self._end_of_turn()
         spans, border = [], 0
         for number in turns:
             start, end = self.region(number)
             start = self._after_prompt(number, border, start, end)
             rest = self.text[end:]
             last = number == len(self.chat.messages) - 1
-            tail = rest if last else self._whole_tokens(rest[: shared(end_of_turn, rest)], rest)
+            tail = rest if last else self._whole_tokens(rest[: shared(self.chat.end_of_turn, rest)], rest)
             border = end + len(tail.rstrip())
             if start < (spans[-1][1] if spans else 0):
                 raise self._cannot_tell(number)
@@ -91,15 +87,15 @@ class Turns:
         """Where the text of turn `number` begins and ends, without the frame that any turn of the assistant has."""
         messages = self.chat.messages
         try:
-            other = self.chat.render([*messages[:number], self.chat.plain_turn(self.mark), *messages[number + 1 :]])
+            other = self.chat.render([*messages[:number], self.chat.plain_turn(self.chat.mark), *messages[number + 1 :]])
         except UserError:  # the turns after a tool call may be refused without it
             return self._region_by_prefix(number)
-        if self.mark not in other:
+        if self.chat.mark not in other:
             raise UserError(f"{self.chat.document.where}: the chat template does not print turn {number + 1}, so the assistant's "
                             "tokens cannot be told; drop --assistant_only_loss or put {% generation %} marks into the template")
         start = shared(self.chat.text, other)
         end = len(self.chat.text) - shared(self.chat.text[::-1], other[::-1])
-        for token in self.special.finditer(self.chat.text):
+        for token in self.chat.tokens.finditer(self.chat.text):
             start = token.start() if token.start() < start < token.end() else start
             end = token.end() if token.start() < end < token.end() else end
         return start, max(start, end)
@@ -116,15 +112,9 @@ class Turns:
                          "so the assistant's tokens cannot be told; drop --assistant_only_loss or put {% generation %} marks into "
                          "the template")
 
-    def _end_of_turn(self) -> str:
-        """What follows an assistant's last text at the end of a chat."""
-        last = _assistants(self.chat)[-1]
-        alone = self.chat.render([*self.chat.messages[:last], self.chat.plain_turn(self.mark)])
-        return alone.rpartition(self.mark)[2]
-
     def _whole_tokens(self, tail: str, rest: str) -> str:
         """`tail`, the beginning of `rest`, without a special token that it has the beginning of."""
-        for token in self.special.finditer(rest):
+        for token in self.chat.tokens.finditer(rest):
             if token.start() < len(tail) < token.end():
                 return tail[: token.start()]
         return tail
@@ -141,7 +131,7 @@ class Turns:
 
     def _prompt(self, number: int) -> str:
         """The generation prompt after turn `number` - 1; after a question, if there is no such turn."""
-        before = self.chat.messages[:number] or [self.chat.plain_turn(self.mark) | {"role": "user"}]
+        before = self.chat.messages[:number] or [self.chat.plain_turn(self.chat.mark) | {"role": "user"}]
         role = before[-1]["role"]
         if role not in self.prompts:
             try:
@@ -153,32 +143,18 @@ class Turns:
 
 
 def _ended(chat: Rendering) -> str:
-    """The chat's text; where it ends with an assistant's turn and no end token, with the end of text appended."""
-    text = chat.text.rstrip()
-    if chat.messages[-1]["role"] != "assistant" or re.search(f"(?:{_special_tokens(chat.tokenizer).pattern})$", text):
+    """The chat's text; with the end of text appended, if it ends with an assistant's turn and the template ends none with a token."""
+    text, end = chat.text.rstrip(), chat.tokenizer.eos_token
+    if chat.messages[-1]["role"] != "assistant" or text.endswith(end) or chat.tokens.search(chat.end_of_turn):
         return chat.text
-    return text + chat.tokenizer.eos_token
+    return text + end
 
 
-def _assistants(chat: Rendering) -> list[int]:
-    return [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
-
-
-def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | {tokenizer.eos_token}
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-
-
-def _with_ends(chat: Rendering, text: str, spans: list[Span]) -> list[Span]:
-    """Marked spans, each with the end token that follows it, if it is the one that ends the last turn."""
-    last = _assistants(chat)[-1]
-    messages = chat.messages[: last + 1]
-    whole, marks = (text, spans) if len(messages) == len(chat.messages) else (chat.render(messages), chat.marked_spans(messages))
-    if not marks:
-        return spans
-    after = re.match(rf"\s*(?:{_special_tokens(chat.tokenizer).pattern})", whole[marks[-1][1] :])
-    end = after.group() if after else ""
-    return [(start, stop + (len(end) if end and text.startswith(end, stop) else 0)) for start, stop in spans]
+def _with_end_tokens(chat: Rendering, text: str, spans: list[Span]) -> list[Span]:
+    """Marked spans, each with the end token, if it follows; the last one with the end of text that was appended."""
+    after = re.match(rf"\s*(?:{chat.tokens.pattern})", chat.end_of_turn)
+    ends = [end for end in (after.group() if after else "", chat.tokenizer.eos_token) if end]
+    return [(start, stop + next((len(end) for end in ends if text.startswith(end, stop)), 0)) for start, stop in spans]
 
 
 def shared(a: str, b: str) -> int:

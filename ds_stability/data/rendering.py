@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ..errors import UserError
@@ -77,6 +78,27 @@ class Rendering:
                 f"{self.document.where}: the chat template refuses the messages ({reason}); mend the record") from error
         return texts[0], spans
 
+    @cached_property
+    def mark(self) -> str:
+        """A character of private use that stands nowhere in the text."""
+        return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in self.text)
+
+    @cached_property
+    def assistants(self) -> list[int]:
+        """Numbers of the assistant's turns."""
+        return [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    @property
+    def tokens(self) -> re.Pattern[str]:
+        """Finds the tokens of chats: see `added_tokens`."""
+        return added_tokens(self.tokenizer, len(self.tokenizer))
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """What the template writes after an assistant's text at the end of a chat."""
+        alone = self.render([*self.messages[: self.assistants[-1]], self.plain_turn(self.mark)])
+        return alone.rpartition(self.mark)[2]
+
     def plain_turn(self, content: str) -> Message:
         """A turn of the assistant that says `content`, in the form of this rendering."""
         parts = any(isinstance(message.get("content"), list) for message in self.messages)
@@ -122,7 +144,7 @@ def _forms(messages: Messages, tokenizer: Any) -> Iterator[Messages]:
     Arguments of a tool call are an object for some templates and JSON text for others; a turn that is a call alone has the
     content "" or null; some take contents as lists of parts only.
     """
-    role = _tool_role(tokenizer)
+    role = _tool_role(tokenizer) if any(message["role"] == "tool" for message in messages) else "tool"
     usual = [{**message, "role": role} if message["role"] == "tool" else message for message in messages]
     yield usual
     if any("tool_calls" in message for message in messages):
@@ -136,7 +158,15 @@ def _forms(messages: Messages, tokenizer: Any) -> Iterator[Messages]:
 def _tool_role(tokenizer: Any) -> str:
     """GLM-4's template writes roles as they come, and its token for a tool's result is <|observation|>."""
     names_it = re.search(r"""["']tool["']""", tokenizer.get_chat_template(tools=[{}]))
-    return "observation" if not names_it and "<|observation|>" in tokenizer.get_vocab() else "tool"
+    known = added_tokens(tokenizer, len(tokenizer)).fullmatch("<|observation|>")
+    return "observation" if known and not names_it else "tool"
+
+
+@lru_cache(maxsize=8)
+def added_tokens(tokenizer: Any, size: int) -> re.Pattern[str]:
+    """Finds the tokens that were added to a vocabulary of text, special or not, and the end of text. `size` is len(tokenizer)."""
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values()} | {tokenizer.eos_token}
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
 def _with_text_arguments(message: Message) -> Message:

@@ -85,6 +85,20 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def prompt_ids(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a text that is to be continued: as the tokenizer writes it, but with one BOS if the text brings its own, and no end."""
+    bos = tokenizer.bos_token
+    options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    return without_end(tokenizer(text, verbose=False, **options)["input_ids"], text, tokenizer)
+
+
+def without_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """The ids of a text without the end token that some tokenizers put after every text: it is to be continued."""
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        return ids[:-1]
+    return ids
+
+
 def special_token_ids(tokenizer: Any) -> list[int]:
     """Ids of all tokens that are marks rather than text: BOS, EOS, padding, unknown, turn marks; sorted."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}

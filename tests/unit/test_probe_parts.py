@@ -127,11 +127,11 @@ def test_prompts_do_not_overlap(num_blocks, block_length, num_prompts, prompt_le
 
 
 class WordTokenizer:
-    eos_token_id = 0
+    bos_token, eos_token, eos_token_id = None, "<|eos|>", 0
     all_special_ids = [0]
     added_tokens_decoder = {9: "<|end_of_turn|>"}
 
-    def __call__(self, text):
+    def __call__(self, text, verbose=True):
         return {"input_ids": [len(word) for word in text.split()]}
 
 

@@ -8,7 +8,7 @@ import pytest
 from ds_stability.data import Document
 from ds_stability.data.builtin import prose_documents
 from ds_stability.data.chat import encode_chat
-from ds_stability.data.tokenizer import special_token_ids, tokenizer_hash, train_bpe
+from ds_stability.data.tokenizer import prompt_ids, special_token_ids, tokenizer_hash, train_bpe
 from ds_stability.data.tokens import encode_documents
 from ds_stability.errors import UserError
 
@@ -35,6 +35,19 @@ def test_round_trip_and_special_tokens(tokenizer):
     assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids, skip_special_tokens=True) == text
     assert len(tokenizer) == 600 and len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
     assert special_token_ids(tokenizer) == [0, 1, 2]
+
+
+def test_a_prompt_has_one_beginning_and_no_end(tokenizer):
+    from tokenizers import processors
+
+    ending = train_bpe(["a letter"], 300)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)])
+    for made in (tokenizer, ending):
+        ids = made("a letter", add_special_tokens=False)["input_ids"]
+        assert prompt_ids("a letter", made) == [0, *ids]
+        assert prompt_ids("<|bos|>a letter", made) == [0, *ids]  # rendered by a chat template, say
+        assert prompt_ids("<|bos|>a letter<|eos|>", made) == [0, *ids, 1]
 
 
 def test_training_is_deterministic_across_processes(tokenizer):
