@@ -107,8 +107,6 @@ def start_distributed(torch_extensions):
     def start(script, *args: str, ranks: int = 2, env: dict[str, str] | None = None, output: int = subprocess.PIPE):
         environment = rank_environment(torch_extensions, env)
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-        for port in ports:  # of runs that have ended; one that still runs keeps what it has mapped
-            remove_abandoned(port)
         ports.append(free_port())
         command += ["--master_port", str(ports[-1]), str(script), *map(str, args)]
         return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment, start_new_session=True)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import named_buffers
 
 from ds_stability.launchers.locks import TRAIN_LOCK, is_locked, try_lock
 
@@ -74,12 +75,6 @@ class Runner:
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.02)  # a tiny training may be over a second after its first checkpoint
 
-    def buffers(self, launcher: int) -> list[Path]:
-        """What the ranks of a launcher have in shared memory by name."""
-        words = Path("/proc", str(launcher), "cmdline").read_text().split("\0")
-        port = words[words.index("--master_port") + 1]
-        return list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
-
     def launcher_of(self, process: subprocess.Popen) -> int:
         """The launcher that a sweep started: the child that leads a session of its own."""
         for entry in Path("/proc").glob("[0-9]*"):
@@ -109,7 +104,7 @@ def test_a_sweep_that_is_killed_goes_on_and_trains_nothing_twice(runner):
     sweep = runner.start()
     runner.wait_for(lambda: list(runner.output.glob("*/checkpoint-*/trainer_state.json")), sweep)
     launcher = runner.launcher_of(sweep)
-    assert runner.buffers(launcher) == []  # so a SIGKILL leaves none
+    assert named_buffers(Path("/proc", str(launcher), "cmdline").read_text().split("\0")) == []  # so a SIGKILL leaves none
     sweep.kill()
     os.killpg(launcher, signal.SIGKILL)
     sweep.communicate()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import named_buffers
 
 from ds_stability.recorder import read_metrics
 from ds_stability.tags import TAGS
@@ -35,6 +36,7 @@ def run(run_distributed, tmp_path_factory):
         "--eval_steps", "4", "--gradient_checkpointing", "true", timeout=240,
     )  # fmt: skip
     assert (folder / "run" / "DONE").exists(), process.stdout[-3000:] + process.stderr[-5000:]
+    assert named_buffers(process.args) == []
     return folder / "run"
 
 
