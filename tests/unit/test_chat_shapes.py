@@ -1,5 +1,6 @@
 """What is supervised of a chat, turn by turn, under templates of the shapes that public models have (chat_shapes.yaml)."""
 
+import random
 from itertools import groupby
 from pathlib import Path
 
@@ -136,3 +137,21 @@ def test_long_chats_are_encoded_in_reasonable_time(tokenizers):
     ids, marks = encode_chat(document_from_row({"messages": messages}, SPEC, ""), tokenizers["chatml"], True)
     kept = tokenizers["chatml"].decode([token for token, kept in zip(ids, marks, strict=True) if kept])
     assert kept == "".join(message["content"] + "<|im_end|>" for message in messages[1::2])
+
+
+def test_whatever_is_said_the_assistant_alone_is_supervised(tokenizers):
+    """Texts that look like headers, ends and blanks: each answer is trained on, and no question is."""
+    generator = random.Random(0)
+    pieces = ["", " ", "\n\n", " x ", "Assistant:", " ASSISTANT: hi", "### Response:\n", "User: q", "<|im_end|>", "</s>", ".\n", "é 🙂", "[/INST]"]
+
+    def said(tag):
+        return generator.choice(pieces) + tag + "".join(generator.choice(pieces) for _ in range(generator.randrange(3)))
+
+    for shape in [*SHAPES] * 4:
+        turns = [(role, number) for number in range(generator.randrange(1, 4)) for role in ("user", "assistant")]
+        turns += [("user", 9)] if generator.random() < 0.2 else []
+        document = document_from_row({"messages": [turn(role, said(f"{role[0]}{number}z")) for role, number in turns]}, SPEC, "")
+        ids, marks = encode_chat(document, tokenizers[shape], True)
+        kept = tokenizers[shape].decode([token for token, kept in zip(ids, marks, strict=True) if kept])
+        assert {tag for tag in (f"{role[0]}{number}z" for role, number in turns) if tag in kept} == {
+            f"a{number}z" for role, number in turns if role == "assistant"}, shape  # fmt: skip
