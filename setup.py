@@ -30,6 +30,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",
+        "hjson>=3.1",
         "transformers>=5.20,<6",
         "accelerate>=1.12,<2",
         "datasets>=4.0,<6",

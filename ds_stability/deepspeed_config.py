@@ -11,6 +11,8 @@ import json
 import os
 from typing import Any
 
+import hjson
+
 from ds_stability.config_errors import did_you_mean, key_path, one_line, show_value
 from ds_stability.errors import StabilityConfigError
 
@@ -50,7 +52,7 @@ def load_ds_config(config: Any) -> dict[str, Any]:
         config: dict, path of a JSON file, or base64 of the JSON text, as `deepspeed.initialize` takes them.
 
     Raises:
-        StabilityConfigError: missing or unreadable file, not UTF-8, broken JSON (with the line), not an object.
+        StabilityConfigError: missing or unreadable file, not UTF-8, neither JSON nor HJSON (with the line), not an object.
     """
     if isinstance(config, dict):
         try:
@@ -102,11 +104,11 @@ def _decode_base64(text: str) -> str | None:
 
 def _parse_json(text: str, name: str) -> dict[str, Any]:
     try:
-        config = json.loads(text, object_pairs_hook=_refuse_duplicates)
+        config = _parse(text)
     except json.JSONDecodeError as error:
         given = show_value(text.splitlines()[error.lineno - 1].strip()) if text.strip() else "an empty file"
         raise StabilityConfigError(
-            f"{name}, line {error.lineno}: not JSON ({error.msg}) at {given}; must be plain JSON without comments"
+            f"{name}, line {error.lineno}: not JSON ({error.msg}) at {given}; must be JSON (comments and trailing commas are allowed)"
         ) from None
     except RecursionError:
         raise StabilityConfigError(f"{name}: nested too deeply to be a DeepSpeed config") from None
@@ -117,6 +119,35 @@ def _parse_json(text: str, name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise StabilityConfigError(f"{name}: {show_value(config)} at the top; must be a JSON object of DeepSpeed keys")
     return config
+
+
+def _parse(text: str) -> Any:
+    """JSON, else HJSON, which DeepSpeed reads: comments, trailing commas, names without quotes. JSONDecodeError where it is neither."""
+    try:
+        return json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except json.JSONDecodeError:
+        if not text.strip():  # {} in HJSON
+            raise
+        try:
+            config = hjson.loads(text, object_pairs_hook=_refuse_duplicates)
+        except StabilityConfigError:
+            raise
+        except (ValueError, OverflowError, RecursionError):  # the parser's own, and what it lets through (3e310)
+            config = None
+        if not isinstance(config, dict):
+            raise
+        return config
+
+
+def is_plain_json(config: Any) -> bool:
+    """False for a file that DeepSpeed reads as HJSON, and a transformers Trainer does not read at all."""
+    if isinstance(config, dict):
+        return True
+    try:
+        json.loads(_read_text(config, str(config)))
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

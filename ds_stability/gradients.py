@@ -101,7 +101,8 @@ class ReducedGradients:
                 self.optimizer.step = step
                 self.optimizer.overflow = False
             return
-        next(self.tensors())[0].view(-1)[:1].fill_(torch.nan)
+        dense = next(tensor for tensor in next(self.tensors()) if not tensor.is_sparse)
+        dense.view(-1)[:1].fill_(torch.nan)
         yield
 
 

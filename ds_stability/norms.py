@@ -29,8 +29,14 @@ def widened(tensor: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.T
     return tensor.float() if buffer is None else buffer[: len(tensor)].copy_(tensor)
 
 
+def entries(tensor: torch.Tensor) -> torch.Tensor:
+    """What a norm is taken of: a sparse gradient's values, each place once; any other tensor itself."""
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
 def squares(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Scalars on the tensor's device, fp32 or better, that add up to its squared norm."""
+    tensor = entries(tensor)
     if tensor.device.type != "cpu":
         return [torch.linalg.vector_norm(tensor, dtype=torch.float32).square()]
     found, flat = [], tensor.reshape(-1)
@@ -58,6 +64,7 @@ def total(scalars: Iterable[torch.Tensor]) -> torch.Tensor:
 def squared_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Sum of squares over all tensors, which are on one device, as an fp64 scalar there."""
     if tensors[0].device.type != "cpu":
+        tensors = [entries(tensor) for tensor in tensors]
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().square().sum()
     return total(scalar for tensor in tensors for scalar in squares(tensor))
 

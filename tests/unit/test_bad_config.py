@@ -8,6 +8,7 @@ import pytest
 
 from ds_stability.config import StabilityConfig, load_ds_config, split_config
 from ds_stability.errors import StabilityConfigError, UserError
+from ds_stability.inspect_config import inspect_config
 
 LEVEL = "a number from 0 to 1, or a list of [step, level] pairs"
 TOP = "allowed here: level, stabilizers, objective, controller, statistics, probe, alarm, ema, loss_path, loss_kernel, max_skipped_steps"
@@ -168,13 +169,11 @@ def test_near_miss_of_the_block_at_the_top_level(key, value, shown, beside):
 
 
 FILES = [
-    ("empty.json", b"", "line 1", "an empty file", "plain JSON"),
-    ("broken.json", b'{\n  "a": 1,\n  "b": }\n', "line 3", '"\\"b\\": }"', "plain JSON"),
-    ("comment.json", b'{\n  // warm-up\n  "a": 1}', "line 2", "// warm-up", "without comments"),
+    ("empty.json", b"", "line 1", "an empty file", "must be JSON"),
+    ("broken.json", b'{\n  "a": 1,\n  "b": }\n', "line 3", '"\\"b\\": }"', "must be JSON"),
     ("latin1.json", b'{"a": 1,\n"b": "caf\xe9"}', "line 2", "0xe9", "UTF-8"),
     ("utf16.json", '{"a": 1}'.encode("utf-16"), "line 1", "0xff", "UTF-8"),
-    ("bom.json", b"\xef\xbb\xbf{}", "line 1", "BOM", "plain JSON"),
-    ("null_bytes.json", b"\x00\x00", "line 1", "\\x00", "plain JSON"),
+    ("null_bytes.json", b"\x00\x00", "line 1", "\\x00", "must be JSON"),
     ("list.json", b'[{"stability": {}}]', "at the top", '[{"stability": {}}]', "a JSON object"),
     ("number.json", b"3", "at the top", "3", "a JSON object"),
     ("twice.json", b'{"stability": {"level": 0}, "stability": {"level": 1}}', "twice", '"stability"', "must stand once"),
@@ -190,6 +189,19 @@ def test_wrong_file(tmp_path, name, content, where, shown, allowed):
     with pytest.raises(StabilityConfigError) as error:
         load_ds_config(str(path))
     check_one_line(str(error.value), name, where, shown.replace('\\"', '"'), allowed)
+
+
+@pytest.mark.parametrize("content", [b'{\n  // warm-up\n  "a": 1, # b\n}', b'{"a": 1,}', b"{a: 1}", b'/* x */ {"a": 1}', b"\xef\xbb\xbf" b'{"a": 1}'])
+def test_a_file_that_deepspeed_reads_is_read(tmp_path, content):
+    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config as deepspeeds
+
+    path = tmp_path / "ds.json"
+    path.write_bytes(content)
+    assert load_ds_config(str(path)) == deepspeeds(str(path)) == {"a": 1}
+    assert any("Trainer does not" in warning for warning in inspect_config(str(path)).warnings)
+    with pytest.raises(StabilityConfigError, match="twice"):
+        path.write_bytes(b'{"a": 1, # x\n"a": 2}')
+        load_ds_config(str(path))
 
 
 def test_missing_file_directory_and_odd_names(tmp_path):

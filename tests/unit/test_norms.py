@@ -54,3 +54,10 @@ def test_the_norm_of_the_mean_is_that_of_the_mean_after_a_step_and_after_a_resum
         assert torch.equal(averaging.squared_mean(0), wanted)
     averaging.means[0] = averaging.means[0] * 2.0
     assert float(averaging.squared_mean(0)) == pytest.approx(4 * float(wanted), rel=1e-6)
+
+
+def test_a_sparse_gradient_has_the_norm_of_the_dense_one():
+    indices = torch.tensor([[1, 4, 1]])  # a word twice
+    sparse = torch.sparse_coo_tensor(indices, torch.arange(6.0).view(3, 2), (7, 2))
+    wanted = sparse.to_dense().double().square().sum()
+    assert norms.total(norms.squares(sparse)) == norms.squared_norm([sparse, torch.ones(0)]) == wanted
