@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard of one run, written by rank 0.
+"""metrics.jsonl and TensorBoard of one run, written by rank 0, and by nobody else: a lock sees to it.
 
 One line per optimizer step with global values, under the keys of tags.py. The line of a step stays open until a later
 step, `flush` or `close`, so that an evaluation or a probe after the step lands in the same line; then it is appended
@@ -14,17 +14,21 @@ import json
 import math
 import numbers
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ds_stability.errors import UserError
+from ds_stability.locks import NoLocksError, try_lock, unlock
 from ds_stability.run_dir import RunDir, write_atomic
 from ds_stability.safe_read import parse_json
 from ds_stability.tags import TAGS, Tag, is_known, tag_table_markdown
 
 __all__ = ["TAGS", "Recorder", "Tag", "read_metrics", "tag_table_markdown"]
 
+LOCK = "metrics.lock"  # beside metrics.jsonl, which is replaced whole on resume
+LOCK_SECONDS = 10.0  # the workers of a data loader outlive a rank that was killed for some seconds, and hold its lock
 Value = float | int | bool | None
 RARE = ("eval/", "probe/", "alarm/")  # keys with an interval of their own
 
@@ -38,15 +42,21 @@ class Recorder:
             events are purged. None for a new run, which must have no lines yet.
 
     Raises:
-        UserError: the metrics file holds another run's lines, or a broken line that is not the last.
+        UserError: another process or another Recorder writes this file; it holds another run's lines, or a broken line that is
+            not the last.
     """
 
     def __init__(self, run_dir: RunDir, tensorboard: bool = True, resume_step: int | None = None):
-        _repair(run_dir.metrics, resume_step)
+        self.path, self._lock, self._file = run_dir.metrics, _hold(run_dir.path / LOCK, run_dir.metrics), None
         self._step: int | None = resume_step
         self._line: dict[str, Value] = {}
-        self._file: int | None = os.open(run_dir.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._writer = None
+        try:
+            _repair(run_dir.metrics, resume_step)
+            self._file = os.open(run_dir.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        finally:
+            if self._file is None:
+                self._release()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -88,8 +98,14 @@ class Recorder:
         finally:
             os.close(self._file)
             self._file = None
+            self._release()
             if self._writer is not None:
                 self._writer.close()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
 
     def __enter__(self) -> "Recorder":
         return self
@@ -110,6 +126,24 @@ class Recorder:
                 if value is not None and (due or key.startswith(RARE)):
                     self._writer.add_scalar(key, value, self._step)
         self._line = {}
+
+
+def _hold(lock: Path, metrics: Path) -> int | None:
+    """The descriptor of the run's lock; None on a file system without locks."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            descriptor = try_lock(lock)
+        except NoLocksError:
+            return None
+        if descriptor is not None:
+            return descriptor
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{metrics}: another process, or another Recorder in this one, writes it; make one Recorder, where "
+                "torch.distributed.get_rank() is 0, and give each run a folder of its own"
+            )
+        time.sleep(0.1)
 
 
 def tensorboard_interval(step: int) -> int:

@@ -24,7 +24,7 @@ from ds_stability.checkpoint_files import (
 from ds_stability.console import agree
 from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command
-from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
+from ds_stability.locks import TRAIN_LOCK, try_lock
 from ds_stability.run_dir import RunDir
 
 
@@ -79,7 +79,7 @@ class WholeCheckpoints(Trainer):
         best = run.checkpoint(self.state.best_global_step)
         known = best.exists() or best.name == folder.name
         self.state.best_model_checkpoint = os.fspath(best) if known else None
-        if self.args.should_save:
+        if dist.get_rank() == 0:
             self.state.save_to_json(os.fspath(folder / TRAINER_STATE_NAME))
 
 

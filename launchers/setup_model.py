@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ds_stability.data.packing import check_block_size, check_vocabulary, packing_problem
 from ds_stability.data.readers import read_documents
@@ -68,7 +69,7 @@ def build_model(command: Command, config: Any, tokenizer: Any, args: TrainArgume
         model = load_causal_lm(arguments.model_name_or_path, f"--model_name_or_path {arguments.model_name_or_path}", config=config,
                                dtype=dtype, revision=arguments.model_revision, **options)  # fmt: skip
     problem = packing_problem(model)
-    if problem is not None and args.process_index == 0:
+    if problem is not None and dist.get_rank() == 0:
         print(f"note: {problem}", flush=True)
     return _add_adapter(model, arguments, args) if arguments.use_peft else model
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ds_stability import engine_of
 from ds_stability.checkpoint_files import remove_remains
-from ds_stability.console import agree, global_rank
+from ds_stability.console import agree
 from ds_stability.data.fingerprint import corpus_fingerprint
 from ds_stability.data.frequency import FILE_NAME, HighFrequencySet, make_high_frequency_set
 from ds_stability.data.overlap import MAX_TOKENS, overlapping_share, supervised_ids
@@ -27,9 +27,9 @@ from ds_stability.integrations.alarm import Alarm, blocks_of_file
 from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
 from ds_stability.launchers.branch import branch_entry, branch_identity, require_same_order, require_trunk
 from ds_stability.launchers.data_order import Batches
-from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
 from ds_stability.launchers.starting_point import step_of
 from ds_stability.launchers.world_size import require_same_batch
+from ds_stability.locks import TRAIN_LOCK, try_lock
 from ds_stability.preemption import StopSignals
 from ds_stability.probe import Probe, prompts_from_blocks, prompts_from_file
 from ds_stability.run_dir import RunDir, build_manifest, check_output_dir, set_aside
@@ -70,7 +70,7 @@ def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: di
               args: TrainArguments, batches: Batches) -> None:  # fmt: skip
     """Lock the folder; for a new run write the manifest and high_frequency.json. On rank 0, after all that can be wrong
     was checked."""
-    if args.process_index != 0:
+    if dist.get_rank() != 0:
         return
     hold_run(run.create(), command.continues or command.resume_mode == "auto")
     remove_remains(run.path)
@@ -167,7 +167,7 @@ def governor_sequences(blocks: Any, count: int) -> list[dict[str, Any]]:
 
 def warn_of_overlap(command: Command, train_data: Any, eval_data: Any) -> None:
     """Say on rank 0 when what the governor measures on is trained on as well. A stream is not looked into."""
-    if not command.stability.controller.needs_probe or command.data.streaming or global_rank() != 0:
+    if not command.stability.controller.needs_probe or command.data.streaming or dist.get_rank() != 0:
         return
     sequences = governor_sequences(eval_data, command.stability.controller.probe_size)
     share = overlapping_share(sequences, (train_data[index] for index in range(len(train_data))))

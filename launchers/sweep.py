@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ds_stability.errors import AlarmStoppedError, UserError
-from ds_stability.launchers.locks import TRAIN_LOCK, is_locked
 from ds_stability.launchers.prepare import makes_tokenizer, prepare
 from ds_stability.launchers.sweep_check import check_cells
 from ds_stability.launchers.sweep_folder import SweepFolder
@@ -21,6 +20,7 @@ from ds_stability.launchers.sweep_hosts import EVAL_SCRIPT, TRAIN_SCRIPT, Hosts,
 from ds_stability.launchers.sweep_plan import Cell, Plan
 from ds_stability.launchers.sweep_progress import Progress, clock, last_step
 from ds_stability.launchers.sweep_values import flag_words
+from ds_stability.locks import TRAIN_LOCK, is_locked
 from ds_stability.run_dir import write_json_atomic
 from ds_stability.safe_text import safe_text
 

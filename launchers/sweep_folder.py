@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_stability.errors import UserError
-from ds_stability.launchers.locks import TRAIN_LOCK, is_locked, try_lock
 from ds_stability.launchers.sweep_plan import Cell, Plan
+from ds_stability.locks import TRAIN_LOCK, is_locked, try_lock
 from ds_stability.run_dir import RunDir, utc_now, write_json_atomic
 from ds_stability.safe_read import parse_json, read_json
 

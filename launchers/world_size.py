@@ -110,5 +110,5 @@ class LoadedOnce(TrainerCallback):
         self._remove(state)
 
     def _remove(self, state) -> None:
-        if state.is_world_process_zero and os.path.isdir(self.folder):
+        if dist.get_rank() == 0 and os.path.isdir(self.folder):
             shutil.rmtree(self.folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ports import named_buffers
 
-from ds_stability.launchers.locks import TRAIN_LOCK, is_locked, try_lock
+from ds_stability.locks import TRAIN_LOCK, is_locked, try_lock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SWEEP = """
@@ -173,7 +173,7 @@ from ds_stability.launchers import arguments
 parse = arguments.parse_command
 def parse_and_be_late(argv):
     command = parse(argv)
-    holder = "import sys, time; from pathlib import Path; from ds_stability.launchers.locks import *; "
+    holder = "import sys, time; from pathlib import Path; from ds_stability.locks import *; "
     holder += "assert try_lock(Path(sys.argv[1]) / TRAIN_LOCK) is not None; print('held', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", holder, {run!r}], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "held"

@@ -197,10 +197,11 @@ def test_governor_sequences_are_spread_evenly():
 
 
 @pytest.mark.parametrize(("share", "mode", "told"), [(0.0, "governor", False), (1.0, "governor", True), (1.0, "level", False)])
-def test_overlap_is_warned_of_in_one_line(capsys, share, mode, told):
+def test_overlap_is_warned_of_in_one_line(capsys, monkeypatch, share, mode, told):
     training = list(rows_of((64,) * 20))
     held_out = list(rows_of((64,) * 2, seed=9)) if share == 0.0 else training[3:5]
     command = SimpleNamespace(stability=StabilityConfig.parse({"controller": {"mode": mode}}), data=SimpleNamespace(streaming=False))
+    monkeypatch.setattr("ds_stability.launchers.setup_run.dist.get_rank", lambda: 0)
     warn_of_overlap(command, training, held_out)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == told and all(line.startswith("warning: 100% of the governor's held-out sequences") for line in lines)

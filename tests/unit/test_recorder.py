@@ -1,13 +1,20 @@
+import errno
 import json
 import math
+import multiprocessing
 import os
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds_stability import locks
+from ds_stability import recorder as recorder_module
 from ds_stability.errors import UserError
 from ds_stability.recorder import TAGS, Recorder, read_metrics, tag_table_markdown, tensorboard_interval
 from ds_stability.run_dir import RunDir
@@ -245,3 +252,62 @@ def test_finite_floats_survive_exactly(tmp_path_factory, values):
 def test_tag_table_renders_in_markdown():
     # A "<" that opens a word would be taken for HTML, and the text would vanish.
     assert not re.search(r"<[A-Za-z/!?]", tag_table_markdown())
+
+
+# ---- one writer ---------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from ds_stability.recorder import Recorder
+from ds_stability.run_dir import RunDir
+recorder = Recorder(RunDir(sys.argv[1]), tensorboard=False)
+recorder.record(1, {"loss": 1.0})
+recorder.flush()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_an_error_and_a_killed_one_is_none(run, monkeypatch):
+    monkeypatch.setattr(recorder_module, "LOCK_SECONDS", 0.0)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, run.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    with pytest.raises(UserError, match="another process, or another Recorder in this one, writes it"):
+        Recorder(run, tensorboard=False, resume_step=1)
+    process.kill()
+    process.wait()
+    with Recorder(run, tensorboard=False, resume_step=1) as recorder:
+        with pytest.raises(UserError, match="another Recorder"):
+            Recorder(run, tensorboard=False, resume_step=1)
+        recorder.record(2, {"loss": 2.0})
+    with Recorder(run, tensorboard=False, resume_step=2):  # closed: the next may write
+        pass
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2]
+
+
+def test_a_forked_worker_does_not_keep_the_lock_of_a_closed_recorder(run, monkeypatch):
+    monkeypatch.setattr(recorder_module, "LOCK_SECONDS", 0.0)
+    recorder = Recorder(run, tensorboard=False)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    recorder.close()
+    Recorder(run, tensorboard=False).close()
+    worker.kill()
+    worker.join()
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(run, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    write_steps(run, [1])
+    assert len(read_metrics(run.metrics)) == 1
+
+
+def test_a_broken_file_leaves_no_lock(run, monkeypatch):
+    monkeypatch.setattr(recorder_module, "LOCK_SECONDS", 0.0)
+    write_steps(run, [1])
+    for _ in range(2):
+        with pytest.raises(UserError, match="another run"):
+            Recorder(run, tensorboard=False)

@@ -14,12 +14,12 @@ import yaml
 
 from ds_stability.errors import UserError
 from ds_stability.launchers import sweep, sweep_hosts, sweep_progress, sweep_slurm
-from ds_stability.launchers.locks import TRAIN_LOCK, try_lock
 from ds_stability.launchers.prepare import prepare
 from ds_stability.launchers.sweep_folder import SweepFolder
 from ds_stability.launchers.sweep_hosts import Hosts
 from ds_stability.launchers.sweep_plan import load_plan
 from ds_stability.launchers.sweep_slurm import Array, parse_parameters
+from ds_stability.locks import TRAIN_LOCK, try_lock
 
 #: Does what acts/SEED-ATTEMPT or acts/SEED says, else succeeds; writes down how it was called.
 SCRIPT = '''

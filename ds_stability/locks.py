@@ -15,11 +15,15 @@ TRAIN_LOCK = "train.lock"  # in a run's folder, held by rank 0 of launchers/trai
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+class NoLocksError(UserError):
+    """The file system knows no locks."""
+
+
 def try_lock(path: Path) -> int | None:
     """The descriptor that holds the lock, to be closed with os.close, or None if another process holds it.
 
     Raises:
-        UserError: the file system knows no locks.
+        NoLocksError: the file system knows no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -31,9 +35,15 @@ def try_lock(path: Path) -> int | None:
     except OSError as error:
         os.close(descriptor)
         if error.errno in _UNSUPPORTED:
-            raise UserError(f"{path}: this file system has no file locks (flock); use a folder on one that has") from None
+            raise NoLocksError(f"{path}: this file system has no file locks (flock); use a folder on one that has") from None
         raise
     return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Let go of the lock, also where a child that was forked still has the descriptor."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def is_locked(path: Path) -> bool:
