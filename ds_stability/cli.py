@@ -43,6 +43,7 @@ def add_inspect(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("file", nargs="?", help="DeepSpeed JSON with a stability block")
     parser.add_argument("--stability_level", metavar="LEVEL", help='override the level: "0.5" or "0:0,200:0.5"')
+    parser.add_argument("--script", metavar="FILE", help="a training script: say whether it would read the block")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="show the first rows of these files, supervised tokens marked")
     parser.add_argument("--html", metavar="OUT.html", help="write them as a page as well")
@@ -70,7 +71,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
         return _inspect_data(args)
     from ds_stability.inspect_config import inspect_config, render
 
-    report = inspect_config(args.file, args.stability_level)
+    report = inspect_config(args.file, args.stability_level, args.script)
     print(json.dumps(report.to_dict(), indent=2, allow_nan=False) if args.json else render(report))
     return 0
 

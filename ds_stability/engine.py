@@ -48,10 +48,7 @@ def _initialize(args, kwargs, auto_allowed: bool):
     bound = inspect.signature(_deepspeed_initialize).bind_partial(*args, **kwargs)
     given = bound.arguments.get("config") or bound.arguments.get("config_params")
     if given is None and bound.arguments.get("args") is not None:
-        given = getattr(bound.arguments["args"], "deepspeed_config", None)  # the flag of deepspeed.add_config_arguments
-        if given is not None:  # DeepSpeed takes a config from one place only
-            bound.arguments["args"] = copy.copy(bound.arguments["args"])
-            bound.arguments["args"].deepspeed_config = None
+        given = _take_config_flag(bound.arguments)
     ds_config, config = split_config(load_ds_config(given if given is not None else {}))
     for sentence in unsupported(ds_config, config):
         raise StabilityConfigError(sentence)
@@ -69,6 +66,19 @@ def _initialize(args, kwargs, auto_allowed: bool):
     if result[0].optimizer_name() is not None:
         attach(result[0], config)
     return result
+
+
+def _take_config_flag(arguments: dict):
+    """The config that `args` names, by the flags of deepspeed.add_config_arguments: DeepSpeed takes one from one place only."""
+    args = arguments["args"] = copy.copy(arguments["args"])
+    old, new = (getattr(args, name, None) for name in ("deepscale_config", "deepspeed_config"))
+    if old is not None and new is not None:
+        return None  # DeepSpeed refuses that
+    if old is not None:
+        args.deepscale_config = None
+    elif new is not None:
+        args.deepspeed_config = None
+    return old if old is not None else new
 
 
 def attach(engine: deepspeed.DeepSpeedEngine, config: StabilityConfig) -> deepspeed.DeepSpeedEngine:
@@ -101,8 +111,9 @@ class StabilityMixin:
         stability = self.stability
         if stability.ema is not None:
             stability.ema.mend(self)
-        if self.training and torch.is_grad_enabled():
-            stability.measure_held_out()
+        if torch.is_grad_enabled():
+            if stability.expects_training:
+                stability.measure_held_out()
             if stability.preparation is not None or stability.alarm is not None:
                 if inputs:
                     kwargs = {**inspect.signature(self.module.forward).bind_partial(*inputs).arguments, **kwargs}
@@ -116,6 +127,11 @@ class StabilityMixin:
         with stability.in_force(sums):  # this step's clip threshold; a forced skip when a number is not finite
             super()._take_model_step(lr_kwargs)
         stability.finish(sums, applied=self.was_step_applied())
+
+    def destroy(self):
+        """As DeepSpeed's; the model is as it was before `initialize`, and another engine, or none, can train it."""
+        self.stability.release()
+        super().destroy()
 
     def save_checkpoint(self, save_dir, tag=None, client_state={}, save_latest=True, exclude_frozen_parameters=False):  # noqa: B006
         """As DeepSpeed's (same signature: Trainer inspects it), with the stability state beside the shards."""

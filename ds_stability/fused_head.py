@@ -275,7 +275,7 @@ class FusedHead:
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
         kept = given.get("logits_to_keep", 0)
-        if not (module.training and torch.is_grad_enabled()) or torch.is_tensor(kept) or kept != 0:
+        if not self.loss.calls.expected or torch.is_tensor(kept) or kept != 0:
             return
         if len(self.head._forward_hooks) != self.hooks:  # somebody wants to see, or to change, the logits
             return
@@ -304,7 +304,6 @@ class FusedHead:
 
     def _spec(self) -> LossSpec:
         loss = self.loss
-        loss.refuse_second_forward()
         permute = loss.permuted if loss.permutation_step is not None else None
         return LossSpec(loss.setting, loss.objective, -loss.setting.entropy_bonus, self.transform, loss.high_frequency_V,
                         loss.chunk_size, permute, loss.kernel)  # fmt: skip
@@ -345,16 +344,20 @@ class FusedHead:
             return None
         shape = self.carrier_shape
         self._disarm()
-        if shape is None:
-            return None  # the head gave logits
-        if isinstance(output, ModelOutput):
-            return type(output)(**{name: _hide(value, shape) for name, value in output.items()})
-        return tuple(_hide(value, shape) for value in output) if isinstance(output, tuple) else None
+        if shape is not None and isinstance(output, ModelOutput):
+            output = type(output)(**{name: _hide(value, shape) for name, value in output.items()})
+        elif shape is not None and isinstance(output, tuple):
+            output = tuple(_hide(value, shape) for value in output)
+        if module is self.entrances[-1] and self.loss.latest is not None and isinstance(output, ModelOutput | tuple):
+            values = output.values() if isinstance(output, ModelOutput) else output
+            self.loss.latest.logits_shown = any(isinstance(value, NoLogits) for value in values)
+        return output if shape is not None else None
 
     def release(self) -> None:
         """Give the head back as it was: another engine may train the model."""
-        self.head.__class__ = torch.nn.Linear
-        del self.head.fused
+        if type(self.head) is RoutedLinear and self.head.fused is self:
+            self.head.__class__ = torch.nn.Linear
+            del self.head.fused
         for handle in self.handles:
             handle.remove()
 

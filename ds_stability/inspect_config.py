@@ -15,6 +15,7 @@ from ds_stability.deepspeed_config import (
     AUTO_KEYS,
     REMOVED_KEYS,
     find_auto,
+    is_plain_json,
     load_ds_config,
     offload_devices,
     precision,
@@ -24,7 +25,9 @@ from ds_stability.deepspeed_config import (
     uses_deepspeed_cpu_adam,
     zero_stage,
 )
+from ds_stability.effect import outlooks
 from ds_stability.errors import StabilityConfigError
+from ds_stability.inspect_script import calls_ds_stability
 from ds_stability.loss_kernel import missing_package
 from ds_stability.precision_support import missing_precision
 from ds_stability.schedule import format_level, max_level, parse_level_flag
@@ -44,7 +47,8 @@ class KeyReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that is known about a config before a model is. `auto`: key paths that are left to transformers' Trainer."""
+    """All that is known about a config before a model is. `auto`: key paths that are left to transformers' Trainer; `acts`: from
+    which step on each part acts."""
 
     file: str
     keys: list[KeyReport]
@@ -55,6 +59,7 @@ class Inspection:
     offload: dict[str, str]
     gradient_clipping: float | str
     auto: list[str]
+    acts: list[str]
     warnings: list[str]
     fingerprint: str
 
@@ -62,8 +67,12 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_config(path: str, level_flag: str | None = None) -> Inspection:
-    """Read and check a DeepSpeed JSON. Raises StabilityConfigError, also for features that do not work with us."""
+def inspect_config(path: str, level_flag: str | None = None, script: str | None = None) -> Inspection:
+    """Read and check a DeepSpeed JSON, and whether `script` would read its block.
+
+    Raises:
+        StabilityConfigError: also for features that do not work with us. UserError: the script cannot be read.
+    """
     ds_config = load_ds_config(path)
     rest, stability = split_config(ds_config)
     if level_flag is not None:
@@ -73,6 +82,13 @@ def inspect_config(path: str, level_flag: str | None = None) -> Inspection:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise StabilityConfigError(problems[0] + more)
     auto = find_auto(rest)
+    unread = [] if script is None or calls_ds_stability(script) else [
+        f"{one_line(script, 200)} calls neither enable() nor initialize() of ds_stability, so this block is ignored there: plain DeepSpeed "
+        "passes over keys that it does not know"
+    ]  # fmt: skip
+    strict = [] if is_plain_json(path) else [
+        "not plain JSON (comments, a trailing comma): DeepSpeed and ds_stability read it, transformers' Trainer does not"
+    ]  # fmt: skip
     return Inspection(
         file=str(path),
         keys=_key_reports(stability, ds_config.get(BLOCK, {}), level_flag is not None),
@@ -83,7 +99,8 @@ def inspect_config(path: str, level_flag: str | None = None) -> Inspection:
         offload=offload_devices(rest),
         gradient_clipping=_number_or_text(rest.get("gradient_clipping", ABSENT_CLIPPING)),
         auto=auto,
-        warnings=_deepspeed_warnings(rest, auto) + _block_warnings(stability, BLOCK in ds_config),
+        acts=outlooks(stability),
+        warnings=unread + strict + _deepspeed_warnings(rest, auto) + _block_warnings(stability, BLOCK in ds_config),
         fingerprint=stability.fingerprint(),
     )
 
@@ -200,6 +217,8 @@ def render(report: Inspection) -> str:
         f"  ZeRO stage {stage}, {report.precision}, offload: {offload}, gradient_clipping: {report.gradient_clipping}",
         f"  loss path: {report.loss_path} ({report.loss_path_reason})",
         *_auto_lines(report.auto),
+        *(f"  {line}" for line in report.acts),
+        "  read by ds_stability.initialize, launchers/train.py, and Trainer scripts that call enable(); plain DeepSpeed ignores the block",
         "",
         BLOCK,
         *(f"  {path:<{widths[0]}}  {value:<{widths[1]}}  {origin}".rstrip() for path, value, origin in rows),

@@ -1,5 +1,7 @@
 """Puts our loss in the place of a model's own, for one engine."""
 
+import weakref
+
 import torch
 from deepspeed import comm as dist
 
@@ -28,13 +30,16 @@ def install_loss(engine, model, config: StabilityConfig, device: torch.device, g
                 "level above 0 and the governor act through; train a transformers causal LM, or set stability.level to 0"
             )
         return None
+    if isinstance(model.loss_function, StabilityLoss):  # of an earlier engine
+        model.loss_function.release()
     stock = model.loss_function
-    if isinstance(stock, StabilityLoss):  # of an earlier engine
-        stock.release()
-        stock = stock.stock
     loss = StabilityLoss(model, stock, ours, device, config.statistics.chunk_size)
     loss.rank, loss.kernel = dist.get_rank(group=group), config.loss_kernel
     loss.interleaved = ours and engine.zero_optimization_stage() == 3
+    if engine.zero_optimization_stage() < 3:  # there what a user gets of the logits does not lie below the loss
+        # DeepSpeed divides a direct loss.backward() by the accumulation steps at the loss, and once more at the logits, which are
+        # an output too: where ours stand in for them, so is our loss (docs/footguns.md).
+        loss.per_tensor = weakref.WeakMethod(engine._backward_prologue_per_tensor)
     if path == "linear":
         from ds_stability.fused_head import fuse_head  # imports transformers
 

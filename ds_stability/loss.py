@@ -16,8 +16,10 @@ import torch.nn.functional as F
 
 from ds_stability.controller import Setting
 from ds_stability.errors import StabilityConfigError
-from ds_stability.histogram import EDGES, NUM_BINS, Z_MAX
+from ds_stability.forwards import Forward, Forwards
+from ds_stability.histogram import Z_MAX
 from ds_stability.statistics import TOKEN_FIELDS
+from ds_stability.token_sums import TokenAccumulator
 
 IGNORE_INDEX = -100
 #: Per-token objective: (logits_CV fp32, labels_C) -> loss_C. The weights multiply it.
@@ -49,32 +51,6 @@ def cross_entropy(logits_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Tens
 def shift_labels(labels_BT: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
     """Labels of the next token, [N]: position t is scored against t + 1, the last position against nothing."""
     return F.pad(labels_BT, (0, 1), value=ignore_index)[..., 1:].reshape(-1)
-
-
-class TokenAccumulator:
-    """Sums of TOKEN_FIELDS [K] and of the surprisal histogram [NUM_BINS, 3], fp64, on the device; no host sync."""
-
-    def __init__(self, device: torch.device | str):
-        self.device = torch.device(device)
-        self.edges = torch.tensor(EDGES, dtype=torch.float32, device=self.device)
-        self.bin_ids = torch.arange(NUM_BINS, device=self.device).unsqueeze(1)
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums_K = torch.zeros(len(TOKEN_FIELDS), dtype=torch.float64, device=self.device)
-        self.bins = torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=self.device)
-
-    def add(self, values_KC: torch.Tensor, mask_C: torch.Tensor) -> None:
-        """Add per-token `values_KC` (any float dtype) of the tokens in `mask_C`."""
-        values_KC = torch.where(mask_C, values_KC.double(), 0.0)  # a masked token must not bring in its NaN
-        self.sums_K += values_KC.sum(dim=1)
-        # A matrix product instead of index_add: no atomics, so the same bits on every run on CUDA as well.
-        chosen = (torch.bucketize(values_KC[1].float(), self.edges, right=True) == self.bin_ids) & mask_C
-        columns = torch.stack([mask_C.double(), values_KC[1], values_KC[2]], dim=1)
-        self.bins += chosen.double() @ columns
-
-    def vector(self) -> torch.Tensor:
-        return torch.cat([self.sums_K, self.bins.reshape(-1)])
 
 
 def chunk_tokens(logits_NV: torch.Tensor, chunk_size: int | None) -> int:
@@ -181,10 +157,13 @@ def _bonus_gradient(logits_CV, coefficient_C):
 class StabilityLoss:
     """Drop-in for `model.loss_function` that weights tokens and records statistics.
 
+    A forward is training if it is differentiated (forwards.py). In eval mode the number that is returned is the plain
+    cross-entropy; differentiated, it gives the gradient of training.
+
     Args:
         module: the model; only its `training` flag is read.
-        stock: the model's own loss function, used at level 0 and in evaluation.
-        chunked: use our weighted loss in training, in chunks over tokens (the path is chosen once per run).
+        stock: the model's own loss function, used at level 0 and without gradients.
+        chunked: use our weighted loss where gradients may be asked for, in chunks over tokens (the path is chosen once per run).
         chunk_size: tokens per chunk; None chooses from memory.
 
     Attributes:
@@ -199,6 +178,8 @@ class StabilityLoss:
         kernel: what the linear path computes statistics and gradients with (`LossSpec.kernel`).
         head: the `FusedHead` that computes the loss in the model's head (the linear path), or None.
         train, evaluation: accumulators. on_backward(grad_output, denominator, tokens) is told of every backward.
+        per_tensor: a weak reference to what DeepSpeed does to the incoming gradient of each tensor of an output (install_loss.py).
+        parts: what an engine has hung on the model; `release` takes it all away.
     """
 
     def __init__(self, module: torch.nn.Module, stock: Callable, chunked: bool, device, chunk_size: int | None = None):
@@ -208,23 +189,33 @@ class StabilityLoss:
         self.objective: Objective | RowObjective = cross_entropy
         self.high_frequency_V: torch.Tensor | None = None
         self.train, self.evaluation = TokenAccumulator(device), TokenAccumulator(device)
-        self.forwards = self.backwards = 0
+        self.calls = Forwards(module)
+        self.latest: Forward | None = None
         self.statistics_only = False  # evaluation passes need no loss
         self.permutation_step: int | None = None
         self.rank = 0
         self.kernel = "torch"
-        self.interleaved = False  # refuse a second forward before the backward of the first
+        self.interleaved = False  # refuse a backward after the forward that came next
         self.on_backward: Callable | None = None
+        self.per_tensor: Callable | None = None
         self.head = None
+        self.parts: list[Callable[[], None]] = []
 
     def release(self) -> None:
-        """Another engine takes the model: its head computes no more for this loss."""
+        """Give the model back as it was: another engine takes it, or none."""
         if self.head is not None:
             self.head.release()
             self.head = None
+        while self.parts:
+            self.parts.pop()()
+        if self.module.loss_function is self:
+            self.module.loss_function = self.stock
+
+    forwards = property(lambda self: self.calls.begun)  # since the last step; those that can be, or were, differentiated
+    backwards = property(lambda self: self.calls.differentiated)  # how many of them were
 
     def require_used(self) -> None:
-        """At a step boundary: the chunked loss must have been called, and its gradient asked for.
+        """The chunked loss must have been called since the last step, and its gradient asked for.
 
         Raises:
             StabilityConfigError: the trainer computes its loss elsewhere (DPO, GRPO, Liger, a label smoother, ...).
@@ -232,10 +223,23 @@ class StabilityLoss:
         if self.chunked and (self.forwards == 0 or self.backwards == 0):
             raise StabilityConfigError(
                 "the training loss did not pass through the model's loss function, so no stability level above 0 can act on "
-                "it (DPO, GRPO, Liger, label_smoothing_factor and compute_loss_func do this, and so does a model in eval mode: call "
-                "engine.train()); set stability.level to 0, or train with the model's own loss"
+                "it (DPO, GRPO, Liger, label_smoothing_factor and compute_loss_func do this); set stability.level to 0, or train "
+                "with the model's own loss"
             )
-        self.forwards = self.backwards = 0
+
+    def close_step(self) -> torch.Tensor:
+        """The sums of the step, fp64 [TOKEN_FIELDS and the histogram]; all is empty then."""
+        vector = self.train.vector()
+        self.train.reset()
+        self.calls.close_step(self.evaluation)
+        return vector
+
+    def evaluated(self) -> torch.Tensor:
+        """The sums of all evaluation passes since the last call, as `close_step`."""
+        self.calls.settle(self.evaluation)
+        vector = self.evaluation.vector()
+        self.evaluation.reset()
+        return vector
 
     def __deepcopy__(self, memo):
         """A copied model (a reference model, an EMA) gets the stock loss, not a hand in this run's statistics."""
@@ -250,13 +254,13 @@ class StabilityLoss:
         targets_N = _shift(labels, ignore_index) if shift_labels is None else shift_labels.reshape(-1)
         targets_N = targets_N.to(logits.device)
         logits_NV = logits.reshape(-1, logits.shape[-1])
-        training = self.module.training and torch.is_grad_enabled() and logits.requires_grad
-        if training and self.chunked:
+        differentiable = torch.is_grad_enabled() and logits.requires_grad
+        if differentiable and self.chunked:
             return self._weighted(logits_NV, targets_N, num_items_in_batch, ignore_index)
-        if self.measure or not training:
-            with torch.no_grad():
-                self._record(self.train if training else self.evaluation, logits_NV.detach(), targets_N, ignore_index)
-        if self.statistics_only and not training:
+        forward = self._begin(self.measure) if differentiable else None
+        if self.measure or forward is None or not forward.training:
+            self._record(forward.sums if differentiable else self.evaluation, logits_NV.detach(), targets_N, ignore_index)
+        if self.statistics_only and not differentiable:
             return logits.new_zeros(())  # the stock loss would copy the logits to fp32
         loss = self.stock(logits=logits, labels=labels, vocab_size=vocab_size or logits.shape[-1],
                           num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, shift_labels=shift_labels,
@@ -264,11 +268,16 @@ class StabilityLoss:
         tokens = (targets_N != ignore_index).sum()
         # Without a supervised token the stock mean is 0/0: give a 0 that still hangs on the graph. No host sync.
         loss = torch.where(tokens > 0, loss, 0.0)
-        if not training:
+        if not differentiable:
             return loss
         denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        self._watch(loss, denominator, tokens)
+        self._watch(forward, loss, denominator, tokens)
+        logits.register_hook(lambda grad: self._count(forward))  # a loss that the user makes of the logits trains as well
         return loss
+
+    def _begin(self, measured: bool = True) -> Forward:
+        self.latest = self.calls.begin(self.train.fresh(), measured)
+        return self.latest
 
     def _weighted(self, logits_NV, targets_N, num_items_in_batch, ignore_index):
         if isinstance(self.objective, RowObjective) and self.objective.count != logits_NV.shape[0]:
@@ -276,7 +285,8 @@ class StabilityLoss:
                 f"stability.objective was made for {self.objective.count} tokens and the model gives logits of {logits_NV.shape[0]}; "
                 "such an objective needs the logits of all positions (no virtual tokens, no sequence parallelism)"
             )
-        weighted_N = self._record(self.train, logits_NV.detach(), targets_N, ignore_index, keep=True)
+        forward = self._begin()
+        weighted_N = self._record(forward.sums, logits_NV.detach(), targets_N, ignore_index, keep=True)
         mask_N = targets_N != ignore_index
         tokens = mask_N.sum()
         denominator = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -284,40 +294,40 @@ class StabilityLoss:
         if self.permutation_step is not None:
             in_place_N, weight_N = weight_N, self.permuted(weight_N, mask_N)
             change_N = (weight_N.double() - in_place_N.double()) / self.setting.mean_weight * objective_N.double()
-            self.train.sums_K[TOKEN_FIELDS.index("loss")] += torch.where(mask_N, change_N, 0.0).sum()
+            forward.sums.sums_K[TOKEN_FIELDS.index("loss")] += torch.where(mask_N, change_N, 0.0).sum()
         coefficient_N = torch.where(mask_N, weight_N / self.setting.mean_weight / denominator, 0.0)
         loss_sum = torch.where(mask_N, coefficient_N * objective_N, 0.0).sum()
         # A non-finite surprisal can still have a finite gradient; every rank has to see that this step is lost.
         coefficient_N = torch.where(loss_sum.isfinite(), coefficient_N, torch.nan)
         chunk = chunk_tokens(logits_NV, self.chunk_size)
         labels_N = torch.where(mask_N, targets_N, 0)
-        self.refuse_second_forward()
-        self.forwards += 1
-        return _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective,
-                                   self.setting.entropy_bonus, chunk, lambda grad: self._report(grad, denominator, tokens))  # fmt: skip
+        report = lambda grad: self._report(forward, grad, denominator, tokens)  # noqa: E731
+        loss = _WeightedLoss.apply(logits_NV, labels_N, coefficient_N, loss_sum, self.objective,
+                                   self.setting.entropy_bonus, chunk, report)  # fmt: skip
+        return self._shown(loss, forward, denominator)
 
-    def refuse_second_forward(self) -> None:
-        """Raises StabilityConfigError where ZeRO-3 would lose the gradients of the forward before."""
-        if self.interleaved and self.forwards > self.backwards:
-            raise StabilityConfigError(
-                "a second forward came before a backward through the loss of the first: either the training loss did not "
-                "pass through the model's loss function (set stability.level to 0), or two losses are added up, with which "
-                "DeepSpeed's ZeRO-3 loses gradients (call backward after each forward)"
-            )
+    def _shown(self, loss, forward: Forward, denominator):
+        """`loss` with the number of the plain cross-entropy in eval mode, as the stock loss has it."""
+        if forward.training:
+            return loss
+        plain = (forward.sums.sums_K[TOKEN_FIELDS.index("surprisal")] / denominator).to(loss.dtype)
+        return loss + (plain - loss).detach()
 
     def _finished(self, loss, tokens, num_items_in_batch):
         """The loss that the head has computed, divided; `loss` is a sum over `tokens` (linear_loss.Tokens)."""
-        self._record_finished(tokens)
+        forward = self._begin()
+        self._record_finished(forward.sums, tokens)
         count = tokens.mask_N.sum()
         denominator = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = loss / torch.where(count > 0, denominator, 1)  # Trainer's denominator may be 0 then
-        self._watch(loss, denominator, count)
-        return loss
+        divisor = torch.where(count > 0, denominator, 1)  # Trainer's denominator may be 0 then
+        loss = loss / divisor
+        self._watch(forward, loss, denominator, count)
+        return self._shown(loss, forward, divisor)
 
-    def _record_finished(self, tokens) -> None:
+    def _record_finished(self, accumulator, tokens) -> None:
         weight_N = token_weights(tokens["surprisal"], self.setting)  # in place, where `tokens` has permuted ones
         loss_N = tokens["weight"].double() / self.setting.mean_weight * tokens["objective"].double()
-        self._add(self.train, tokens.values_KN[:5], weight_N, loss_N, tokens.mask_N)
+        self._add(accumulator, tokens.values_KN[:5], weight_N, loss_N, tokens.mask_N)
 
     @torch.no_grad()
     def _add(self, accumulator, values_5N, weight_N, loss_N, mask_N) -> None:
@@ -331,7 +341,7 @@ class StabilityLoss:
     @torch.no_grad()
     def permuted(self, weight_N, mask_N):
         """The weights of the supervised tokens of this micro-batch in random order."""
-        seed = (self.permutation_step * 65_537 + self.forwards) * 65_537 + self.rank
+        seed = (self.permutation_step * 65_537 + self.backwards) * 65_537 + self.rank
         keys_N = torch.rand(len(weight_N), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         order_N = torch.where(mask_N, keys_N.to(mask_N.device), 2.0).argsort()  # supervised tokens first, shuffled
         places_N = (~mask_N).to(torch.int8).argsort(stable=True)  # supervised tokens first, in their order
@@ -367,15 +377,24 @@ class StabilityLoss:
         self._add(accumulator, values_5N, weight_N, loss_N, mask_N)
         return (value_N, weight_N) if keep else None
 
-    def _watch(self, loss, denominator, tokens):
-        """Tell `on_backward` the incoming gradient of the stock loss, which nobody else knows; changes nothing."""
-        self.forwards += 1
-        loss.register_hook(lambda grad: self._report(grad, denominator, tokens))
+    def _watch(self, forward: Forward, loss, denominator, tokens):
+        """Learn the incoming gradient of the stock or the finished loss, which nobody else knows."""
 
-    def _report(self, grad_output, denominator, tokens):
-        self.backwards += 1
+        def seen(grad):
+            self._report(forward, grad, denominator, tokens)
+            return self.per_tensor()(grad) if forward.logits_shown and self.per_tensor is not None else None
+
+        loss.register_hook(seen)
+
+    def _report(self, forward: Forward, grad_output, denominator, tokens):
+        self._count(forward)
         if self.on_backward is not None:
             self.on_backward(grad_output, denominator, tokens)
+
+    def _count(self, forward: Forward) -> None:
+        """`forward` is being differentiated: its statistics are those of training."""
+        if self.calls.count(forward, self.interleaved) and forward.measured:
+            self.train.merge(forward.sums)
 
 
 _shift = shift_labels  # the argument of the same name, fixed by transformers, hides the function in __call__

@@ -96,6 +96,10 @@ class OptimizerHooks:
                 self.handles.append(optimizer.register_step_pre_hook(self._before))
                 self.handles.append(optimizer.register_step_post_hook(self._after))
 
+    def remove(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
     @torch.no_grad()
     def _before(self, optimizer, args, kwargs) -> None:
         for index, parameter, group in self._stepped(optimizer):

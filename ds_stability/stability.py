@@ -16,6 +16,7 @@ from ds_stability.config import StabilityConfig
 from ds_stability.console import agree
 from ds_stability.controller import Setting
 from ds_stability.data.frequency import HighFrequencySet
+from ds_stability.effect import Effect
 from ds_stability.errors import SkippedStepsError, StabilityConfigError
 from ds_stability.gradients import reduced_gradients
 from ds_stability.held_out import GovernorProbe
@@ -25,7 +26,7 @@ from ds_stability.loss import cross_entropy
 from ds_stability.masters import require_masters
 from ds_stability.measures import StabilityMeasures
 from ds_stability.noise import MicroGradientMeter
-from ds_stability.objectives.build import Preparation, token_objective
+from ds_stability.objectives.build import Preparation, refuse_unprepared, token_objective
 from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.same_block import STATE_VERSION, require_same_block, require_version, training_part
 from ds_stability.stabilizers.build import NAMES, build_stabilizers
@@ -39,6 +40,7 @@ from ds_stability.statistics import (
     non_finite_fields,
     token_metrics,
 )
+from ds_stability.token_sums import mask_of
 from ds_stability.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -54,14 +56,11 @@ class Stability:
         stop_requested: whether any rank was asked to, at the last step's end; the same on every rank.
         listeners: called with (step, metrics) after every optimizer step, applied or skipped, on every rank.
         recorder: the run's `Recorder` on rank 0 where an integration made one, else None.
-        probe: the `Probe` that an integration runs at its interval, or None.
-        high_frequency_ids: the high-frequency set, or None.
-        alarm: the `Alarm` that an integration asks after each probe, or None.
+        probe, alarm: the `Probe` that an integration runs at its interval, and the `Alarm` that it asks afterwards, or None.
         preparation: what the objective does before each training micro-batch, or None.
         own_text: whether the coming step trains on generated text: its tokens enter no statistic and have weight 1.
         feedback, governance, clipping, averaging, regularization: the stabilizers; None where absent.
-        governor_probe: how the governor measures on held-out text, or None.
-        ema: the average of the weights, or None.
+        governor_probe, ema, high_frequency_ids: how the governor measures on held-out text, the average of the weights, the set; or None.
         branching: whether the checkpoint to load is a trunk's, whose block may be another one (takeover.py).
         begun_anew: what of a trunk's state did not fit, in words; None where no trunk was loaded.
     """
@@ -84,22 +83,22 @@ class Stability:
         self.preparation, self.own_text = None, False
         if self.loss is not None:
             self.loss.base_objective = self.loss.objective = token_objective(self.config.objective)
-            self.preparation = Preparation(self.config.objective, engine) if self.config.prepares_batches else None
+        if self.loss is not None and self.config.prepares_batches:
+            self.preparation = Preparation(self.config.objective, engine)
         self.governor_probe: GovernorProbe | None = None
         if self.governance is not None:
             check_target(self.config.controller, model.config.get_text_config().vocab_size)
             self.governor_probe = GovernorProbe(self.engine, self.loss, self.governance, self.group, self.device)
-        self.high_frequency_ids: list[int] | None = None
-        self.measured = False  # whether the step being closed has token statistics
+        self.high_frequency_ids, self.measured = None, False  # the second: whether the step being closed has token statistics
         self.pace = Pace(self.group, self.config.statistics.interval if self.gradients.norm_is_global else 1)
         self._load_high_frequency(model)
         self.noise = None
         if self.config.statistics.gradient_noise_scale and self.loss is not None:
             self.noise = MicroGradientMeter(engine.module, self.device, engine.seq_dp_world_size)
+            self.loss.parts.append(lambda noise=self.noise: noise.listen(False))
         self.applied_steps = self.skipped_steps = self.skipped_in_a_row = 0
-        self.metrics: dict[str, float | None] = {}
-        self.stop_wish: Callable[[], bool] = lambda: False
-        self.stop_requested = False
+        self.metrics, self.effect = {}, Effect(self.config)
+        self.stop_wish, self.stop_requested = lambda: False, False
         self.listeners: list[Callable[[int, dict], None]] = []
         self.recorder = self.probe = self.alarm = None
         self.branching, self.begun_anew = False, None
@@ -119,9 +118,7 @@ class Stability:
         self.high_frequency_ids = token_ids
         if self.loss.head is not None:  # a padded head is wider than the vocabulary of the config
             vocab_size = max(vocab_size, self.loss.head.head.out_features)
-        mask_V = torch.zeros(vocab_size, dtype=torch.float32, device=self.device)
-        mask_V[torch.tensor(token_ids, dtype=torch.long, device=self.device)] = 1.0
-        self.loss.high_frequency_V = mask_V
+        self.loss.high_frequency_V = mask_of(token_ids, vocab_size, self.device)
 
     def set_held_out(self, sequences: Iterable[Mapping[str, torch.Tensor]]) -> None:
         """Give the governor the held-out sequences on which it measures; see `held_out.GovernorProbe.set`. Collective."""
@@ -139,6 +136,11 @@ class Stability:
     def needs_held_out(self) -> bool:
         """Whether a governor waits for `set_held_out`."""
         return self.governor_probe is not None and self.governor_probe.missing
+
+    @property
+    def expects_training(self) -> bool:
+        """Whether the coming forward is likely to be differentiated."""
+        return self.loss.calls.expected if self.loss is not None else self.engine.module.training
 
     def measure_held_out(self) -> None:
         """Called at every training forward: the governor's measurement, where it is due."""
@@ -165,10 +167,15 @@ class Stability:
             self.loss.on_backward = self.noise.start if self.loss.measure else None
 
     def before_forward(self, inputs: dict) -> dict:
-        """The keyword arguments with which a training forward is to run; called with those that it was given."""
-        if self.alarm is not None:
-            self.alarm.watch(inputs)
+        """The keyword arguments with which a forward is to run that can be differentiated; called with those that it was given."""
+        if self.loss is None:
+            return inputs
+        self.loss.calls.notes = [self.alarm.watch(inputs)] if self.alarm is not None else []
         if self.preparation is None:
+            return inputs
+        if not self.expects_training:
+            self.loss.base_objective = self.loss.objective = cross_entropy
+            self.loss.calls.notes.append(refuse_unprepared)
             return inputs
         if self.own_text:
             self.loss.setting = Setting()  # weights of 1
@@ -182,12 +189,11 @@ class Stability:
         """Pack this rank's sums, reduce them over all ranks where that is due, and start the accumulators anew."""
         tokens = torch.zeros(len(TOKEN_FIELDS) + 3 * NUM_BINS, dtype=torch.float64, device=self.device)
         if self.loss is not None:
-            self.measured = self.loss.measure and self.loss.forwards > 0
+            self.measured = self.loss.measure and self.loss.backwards > 0
             self.loss.require_used()
             if self.own_text:
                 self.loss.train.reset()
-            tokens = self.loss.train.vector()
-            self.loss.train.reset()
+            tokens = self.loss.close_step()
         count = len(TOKEN_FIELDS)
         vector = torch.cat([tokens[:count], self._step_fields(), tokens[count:]])
         return self.pace.reduce(vector, self.applied_steps, self.gradients.whole)
@@ -233,9 +239,11 @@ class Stability:
         elapsed, self.started = now - self.started, now
         self.stop_requested = sums["stop_requests"] > 0
         metrics = self._step_metrics(sums, elapsed)
+        step = self.applied_steps
         metrics |= self._applied(sums) if applied else self._skipped(sums)
         metrics |= self.measures.metrics() | {"stability/skipped_steps": self.skipped_steps}
         self.metrics = as_metrics(metrics)
+        self.effect.observe(step, self.metrics)
         self._prepare()
         self._publish()
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
@@ -293,6 +301,10 @@ class Stability:
             events = [(key, value, self.engine.global_samples) for key, value in self.metrics.items() if value is not None]
             self.engine.monitor.write_events(events)
 
+    def summary(self) -> list[str]:
+        """What the stabilizers have held, how often they acted, and what never did: one line each, for the end of a run."""
+        return self.effect.lines()
+
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -313,9 +325,7 @@ class Stability:
     def require_own_weights(self, what: str) -> None:
         """Raises RuntimeError inside `averaged_weights()`; sees to it that the parameters are those of the training."""
         if self.ema is not None:
-            self.ema.mend(self.engine)
-        if self.ema is not None and self.ema.swapped:
-            raise RuntimeError(f"{what} is not possible inside averaged_weights(), where the weights are not those of the training")
+            self.ema.require_plain(self.engine, what)
 
     def evaluation_metrics(self) -> dict[str, float | None]:
         """Token statistics of all evaluation passes since the last call, over all ranks; a collective of its own.
@@ -325,26 +335,28 @@ class Stability:
         """
         if self.ema is not None:
             self.ema.mend(self.engine)  # or a rank where averaged_weights() failed would wait here, the others there
-        vector = self.loss.evaluation.vector()
-        self.loss.evaluation.reset()
-        sums = reduce_tokens(vector, self.group)
+        sums = reduce_tokens(self.loss.evaluated(), self.group)
         metrics = token_metrics(sums, self.loss.high_frequency_V is not None)
         self.restart_clock()
         names = ("surprisal_variance", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "tokens")
-        result = {"eval/cross_entropy": metrics["cross_entropy"]}
-        result |= {"eval/averaged": int(self.ema.swapped)} if self.ema is not None else {}
-        return as_metrics(result | {f"eval/{name}": metrics[f"stability/{name}"] for name in names})
+        result = {"eval/averaged": int(self.ema.swapped)} if self.ema is not None else {}
+        return as_metrics({"eval/cross_entropy": metrics["cross_entropy"]} | result | {f"eval/{name}": metrics[f"stability/{name}"] for name in names})
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step (evaluation, a probe, a checkpoint) out of the next step's time."""
         self.started = time.perf_counter()
 
+    def release(self) -> None:
+        """Take away all that hangs on the model, its parameters and the base optimizers."""
+        self.hooks.remove()
+        if self.loss is not None:
+            self.loss.release()
+
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """Replicated state, JSON-ready. Collective: the update meter's pending sums are made global."""
-        pending = self.meter.sums.clone()
-        dist.all_reduce(pending, group=self.group)
+        dist.all_reduce(pending := self.meter.sums.clone(), group=self.group)
         pending = torch.nan_to_num(pending, nan=0.0, posinf=0.0, neginf=0.0)  # the state is JSON
         return {
             "version": STATE_VERSION,

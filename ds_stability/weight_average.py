@@ -89,6 +89,12 @@ class WeightAverage:
         self._exchange()
         refresh_parameters(engine)
 
+    def require_plain(self, engine, what: str) -> None:
+        """See to it that the parameters are those of the training. Raises RuntimeError inside `averaged_weights()`."""
+        self.mend(engine)
+        if self.swapped:
+            raise RuntimeError(f"{what} is not possible inside averaged_weights(), where the weights are not those of the training")
+
     def mend(self, engine) -> None:
         """Called before a forward, a checkpoint, an export and evaluation metrics: makes the parameters anew after an error in
         `in_place_of_weights`."""

@@ -37,6 +37,7 @@ from ds_stability.errors import AlarmStoppedError, StoppedError, UserError  # no
 from ds_stability.export import check_exportable, export_model  # noqa: E402
 from ds_stability.failures import cluster_failures, gather_hosts  # noqa: E402
 from ds_stability.gathered import base_model  # noqa: E402
+from ds_stability.integrations.logs import loggable  # noqa: E402
 from ds_stability.integrations.transformers import enable  # noqa: E402
 from ds_stability.launch_environment import complete_environment  # noqa: E402
 from ds_stability.launchers.arguments import Command, TrainArguments, parse_command, trainer_ds_config  # noqa: E402
@@ -86,7 +87,7 @@ class StabilityTrainer(BranchingTrainer, OrderedTrainer, WholeCheckpoints):
         output = super().evaluation_loop(*args, **kwargs)
         stability = engine_of(self.model).stability
         values = stability.evaluation_metrics()
-        output.metrics["eval_loss"] = values["eval/cross_entropy"]
+        output.metrics |= loggable(values) | {"eval_loss": values["eval/cross_entropy"]}
         if stability.recorder is not None:
             stability.recorder.record(self.state.global_step, values)
         return output

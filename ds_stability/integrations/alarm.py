@@ -4,10 +4,10 @@ Shape suffixes: B pieces, T positions, N tokens, V vocabulary.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import comm as dist
@@ -104,18 +104,19 @@ class Alarm:
             self.load_state_dict(stability.alarm_state)
 
     @torch.no_grad()
-    def watch(self, inputs: dict) -> None:
-        """Count the end tokens of a training micro-batch: among the inputs, and among the labels. No host sync."""
+    def watch(self, inputs: dict) -> Callable[[], Any]:
+        """What counts the end tokens of a micro-batch, among the inputs and among the labels, once it is trained on. No host sync."""
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         if ids is None or labels is None:
-            return
+            return lambda: None
         end_ids = self.end_ids.to(ids.device)
         supervised = labels != IGNORE_INDEX
         ended = torch.isin(labels, end_ids) & supervised
         present = inputs.get("attention_mask")
         present = torch.ones_like(ids, dtype=torch.bool) if present is None or present.shape != ids.shape else present.bool()
         row = [torch.isin(ids, end_ids) & present, present, ended, supervised]
-        self.counts += torch.stack([mask.sum() for mask in row]).to(self.counts.device)
+        found = torch.stack([mask.sum() for mask in row]).to(self.counts.device)
+        return lambda: self.counts.add_(found)
 
     def check(self, step: int, probed: dict[str, float | None]) -> dict[str, float | None]:
         """Judge the probe's values of `step`; returns the alarm's tags. A collective: call it on every rank."""

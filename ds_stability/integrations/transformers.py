@@ -21,6 +21,7 @@ from itertools import islice
 
 import deepspeed
 import transformers
+from deepspeed import comm as dist
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
@@ -28,9 +29,11 @@ from ds_stability import engine as stability_engine
 from ds_stability.config import StabilityConfig, split_config
 from ds_stability.console import agree
 from ds_stability.deepspeed_config import load_ds_config
+from ds_stability.effect import outlook
 from ds_stability.errors import StabilityConfigError
 from ds_stability.gathered import random_state_kept
 from ds_stability.integrations.alarm import alarm_from_file
+from ds_stability.integrations.logs import add_tags, has_tensorboard, loggable, say, shorten_printed
 from ds_stability.loss_kernel import require_kernel
 from ds_stability.objectives.config import UnlikelihoodSequence
 from ds_stability.probe import Probe, prompts_from_file
@@ -40,6 +43,7 @@ from ds_stability.run_dir import RunDir
 logger = logging.getLogger(__name__)
 _undo: list[Callable[[], None]] = []
 _training: list[weakref.ref] = []  # the trainer that trains now: callbacks are not told
+_recording: weakref.WeakSet = weakref.WeakSet()  # Stability objects with a recorder of ours
 _rerouted: set[type] = set()  # trainer classes whose compute_loss is ours
 
 
@@ -95,6 +99,13 @@ def _average(name: str) -> None:
 
     setattr(transformers.Trainer, name, wrapped)
     _undo.append(lambda: setattr(transformers.Trainer, name, method))
+
+
+def _log(values: dict) -> None:
+    """Through the trainer's log, to its loggers."""
+    trainer = _training[-1]() if _training else None
+    if trainer is not None and values:
+        trainer.log(loggable(values))
 
 
 def _held_out(count: int) -> list[dict]:
@@ -242,10 +253,16 @@ class StabilityCallback(TrainerCallback):
         if engine.stability.loss is not None and engine.stability.loss.chunked:
             _check_loss(args)
         resumed = state.global_step if state.global_step > 0 else None
-        recorder = agree(lambda: _open_recorder(args.output_dir, resumed) if state.is_world_process_zero else None)
+        # torch.distributed knows who writes; a Trainer that was set up otherwise (Axolotl on CPUs) says yes on every rank.
+        trainer = _training[-1]()
+        shorten_printed(trainer)
+        own_board = not has_tensorboard(trainer)
+        recorder = agree(lambda: _open_recorder(args.output_dir, resumed, own_board) if dist.get_rank() == 0 else None)
         if recorder is not None:
             engine.stability.recorder = recorder
             engine.stability.listeners.append(recorder.record)
+            _recording.add(engine.stability)
+        say(outlook(engine.stability.config, state.max_steps))
 
     def on_step_begin(self, args, state, control, processing_class=None, **kwargs):
         stability = self.engine.stability if self.engine is not None else None
@@ -269,8 +286,9 @@ class StabilityCallback(TrainerCallback):
             stability.restart_clock()
             if self.recorder is not None:
                 self.recorder.record(state.global_step, values)
+            _log(values)
         first = stability is not None and stability.applied_steps == 1
-        if first and not stability.metrics["stability/tokens"] and state.is_world_process_zero:
+        if first and not stability.metrics["stability/tokens"] and dist.get_rank() == 0:
             logger.warning(
                 "this trainer's loss does not pass through the model's loss function: token statistics are null"
                 " (for SFTTrainer, \"loss_path\": \"linear\" in the stability block gives them)"
@@ -281,28 +299,28 @@ class StabilityCallback(TrainerCallback):
             control.should_evaluate = control.should_save = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show in the progress log that the level is reached."""
-        if self.engine is None or "loss" not in logs:
-            return
-        for key in ("level", "variance_ratio", "governor_statistic", "governor_target", "entropy"):
-            value = self.engine.stability.metrics.get(f"stability/{key}")
-            if value is not None:
-                logs[key] = round(value, 4)
+        """All our tags go to the trainer's loggers, whose callbacks come after this one."""
+        if self.engine is not None and "loss" in logs:
+            add_tags(logs, self.engine.stability.metrics)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.engine is None or self.engine.stability.loss is None:
             return
         values = self.engine.stability.evaluation_metrics()  # on every rank: a collective
-        if values["eval/tokens"] and self.recorder is not None:
-            name = _evaluation_name(metrics)
-            values = {key.replace("eval/", f"eval/{name}/", 1) if name else key: value for key, value in values.items()}
+        if not values["eval/tokens"]:
+            return
+        name = _evaluation_name(metrics)
+        values = {key.replace("eval/", f"eval/{name}/", 1) if name else key: value for key, value in values.items()}
+        if self.recorder is not None:
             self.recorder.record(state.global_step, values)
             if not self.training:  # after training nothing else closes the line
                 self.recorder.flush()
+        if self.training:
+            _log(values)
 
     def on_predict(self, args, state, control, metrics=None, **kwargs):
         if self.engine is not None and self.engine.stability.loss is not None:
-            self.engine.stability.loss.evaluation.reset()  # or the next evaluation would count these passes too
+            self.engine.stability.loss.evaluated()  # or the next evaluation would count these passes too
 
     def on_save(self, args, state, control, **kwargs):
         if self.recorder is not None:
@@ -312,6 +330,8 @@ class StabilityCallback(TrainerCallback):
         self.training = False
         if self.recorder is not None:
             self.recorder.flush()
+        if self.engine is not None:
+            say(self.engine.stability.summary())
 
 
 def _make_probe(engine, tokenizer, args: transformers.TrainingArguments) -> Probe:
@@ -327,12 +347,17 @@ def _make_probe(engine, tokenizer, args: transformers.TrainingArguments) -> Prob
     return Probe(engine, tokenizer, config, engine.stability.high_frequency_ids, RunDir(args.output_dir), prompts, args.seed)
 
 
-def _open_recorder(output_dir: str, resume_step: int | None) -> Recorder:
+def _open_recorder(output_dir: str, resume_step: int | None, tensorboard: bool) -> Recorder:
     run = RunDir(output_dir).create()
+    for stability in [other for other in _recording if other.recorder.path == run.metrics]:  # of an earlier `train` of this script
+        _recording.discard(stability)
+        stability.recorder.close()
+        stability.listeners.remove(stability.recorder.record)
+        stability.recorder = None
     if resume_step is None and run.metrics.exists():  # Trainer may train twice into one folder: keep the older lines
         count = len(list(run.path.glob("metrics-*.jsonl")))
         run.metrics.rename(run.path / f"metrics-{count + 1}.jsonl")
-    return Recorder(run, tensorboard=True, resume_step=resume_step)
+    return Recorder(run, tensorboard=tensorboard, resume_step=resume_step)
 
 
 def _evaluation_name(metrics: dict) -> str:

@@ -91,6 +91,14 @@ class Preparation:
         return {**kept, **replaced}, sequence_level(repeated_BT)
 
 
+def refuse_unprepared() -> None:
+    """Called when a forward that was not prepared is trained on after all."""
+    raise StabilityConfigError(
+        "a forward in eval mode is trained on, after others that were trained on in train mode, and the objective is prepared for "
+        "training forwards alone: call engine.train() before it"
+    )
+
+
 def prefixes(batch: MicroBatch, labels_BT: torch.Tensor | None, length: int) -> torch.Tensor:
     """[B, <= length]: the first tokens of each row that are not padding, cut to the shortest row.
 

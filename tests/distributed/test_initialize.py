@@ -1,4 +1,4 @@
-"""`initialize`: the ways to give it a config, what it refuses on every rank, and models that are not transformers'."""
+"""`initialize`: the ways to give it a config, what it refuses on every rank, models that are not transformers', loops as people write them."""
 
 import importlib.util
 
@@ -24,10 +24,29 @@ REFUSED = {
 }
 RUNS = [{"name": name, "steps": 2, **case} for name, (case, _) in REFUSED.items()] + [
     {"name": "by_config", "steps": 2, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}}},
-    {"name": "by_args", "steps": 2, "via_args": True, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}}},
+    {"name": "by_args", "steps": 2, "via_args": "deepspeed_config", "stability": {"level": 0.5, "controller": {"warmup_steps": 1}}},
     {"name": "triton", "steps": 2, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}, "loss_kernel": "triton"}},
     {"name": "own_loss", "steps": 2, "arch": "own_loss", "ds": STAGE2, "stability": {"level": 0.0}},
 ]
+CONTROLLED = {"level": 0.5, "controller": {"warmup_steps": 1, "ramp_steps": 0}}
+GAIN_0 = {"level": 0.5, "controller": {"warmup_steps": 100}}
+DIRECT = {"direct": True, "steps": 1, "lr": 1e-4}
+LOOPS = {
+    "usual": {"stability": CONTROLLED},
+    "usual_0": {"stability": {}},
+    "eval_mode": {"mode": "eval", "stability": CONTROLLED},
+    "eval_mode_0": {"mode": "eval", "stability": {}},
+    "stray": {"stray": True, "stability": CONTROLLED},
+    "stray_0": {"stray": True, "stability": {}},
+    "usual_stage2": {"ds": STAGE2, "stability": CONTROLLED},
+    "died": {"died": True, "ds": STAGE2, "stability": CONTROLLED},
+    "by_deepscale": {"via_args": "deepscale_config", "comments": True, "stability": CONTROLLED},
+    **{f"direct_plain_{n}": {**DIRECT, "engine": "plain", "ds": {"zero_optimization": {"stage": n}}} for n in (1, 2, 3)},
+    **{f"direct_{n}": {**DIRECT, "stability": GAIN_0, "ds": {"zero_optimization": {"stage": n}}} for n in (1, 2, 3)},
+    **{f"direct_chunked_{n}": {**DIRECT, "stability": {**GAIN_0, "loss_path": "chunked"}, "ds": {"zero_optimization": {"stage": n}}}
+       for n in (1, 2, 3)},
+}  # fmt: skip
+RUNS += [{"name": name, "steps": 3, **case} for name, case in LOOPS.items()]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +65,31 @@ def test_refused_on_every_rank_in_one_line(results, name):
 
 def test_a_config_in_args_is_the_same_as_one_in_config(results):
     assert results["by_args"]["losses"] == results["by_config"]["losses"]
+    assert results["by_deepscale"]["losses"] == results["usual"]["losses"]  # the older flag, and a file with a comment
     assert results["by_args"]["metrics"][-1]["stability/gain"] > 0
+
+
+def rows(result):
+    """The metrics, times aside."""
+    return [{key: value for key, value in row.items() if "second" not in key} for row in result["metrics"]]
+
+
+@pytest.mark.parametrize("name, usual", [("eval_mode", "usual"), ("eval_mode_0", "usual_0"), ("stray", "usual"), ("stray_0", "usual_0"),
+                                         ("died", "usual_stage2")])  # fmt: skip
+def test_the_same_training_whatever_the_mode_says_and_whatever_was_before(results, name, usual):
+    """A model in eval mode is trained; an evaluation with gradients is no training; a dead engine of the model leaves nothing."""
+    assert "errors" not in results[name], results[name]["errors"]
+    assert rows(results[name]) == rows(results[usual]) and rows(results[name])[-1]["stability/tokens"] == 91
+    assert (results[name]["metrics"][-1]["stability/gain"] > 0) == (not usual.endswith("_0"))
+    for key, weight in results[usual]["weights"].items():
+        assert weight.equal(results[name]["weights"][key]), key
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("path", ["direct", "direct_chunked"])
+def test_a_direct_backward_gives_the_gradient_that_it_gives_without_us(results, path, stage):
+    ours, plain = results[f"{path}_{stage}"]["grad_norm"], results[f"direct_plain_{stage}"]["grad_norm"]
+    assert float(ours) == pytest.approx(float(plain), rel=1e-4)
 
 
 def test_a_model_with_a_loss_of_its_own_is_observed_at_level_0(results):

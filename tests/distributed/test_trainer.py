@@ -32,6 +32,9 @@ RUNS = {
     "half": {"block": HALF, "steps": 6, "arguments": SAVING},
     "half_resumed": {"block": HALF, "steps": 6, "arguments": SAVING, "resume": {"run": "half", "step": 3}},
     "half_evaluated": {"block": HALF, "steps": 6, "arguments": EVALUATING, "evaluation": ["a"], "evaluate_after": True},
+    "all_first": {"block": HALF, "trainer": "FirstTrainer"},
+    "logged": {"block": HALF, "arguments": {**EVALUATING, "report_to": "tensorboard"}, "evaluation": ["a"]},
+    "short": {"block": {"level": 0.5}},
     "two_sets": {"block": HALF, "arguments": EVALUATING, "evaluation": ["a", "b"]},
     "averaged": {"block": HALF | {"ema": {"decay": 0.5}}, "arguments": EVALUATING, "evaluation": ["a", "b"], "save_averaged": True},
     "averaged_late": {"block": HALF | {"ema": {"start_step": 4}}},
@@ -164,6 +167,35 @@ def test_one_line_and_one_event_per_step_under_the_same_keys(runs, name, steps):
     for tag in ("cross_entropy", "stability/variance_ratio", "stability/entropy"):
         assert [event.step for event in events.Scalars(tag)] == list(range(1, steps + 1))
         assert [event.value for event in events.Scalars(tag)] == pytest.approx([row[tag] for row in rows], rel=1e-6)
+
+
+def test_torch_distributed_says_who_writes(runs):
+    folder = runs[0] / "all_first"
+    assert [row["step"] for row in lines(folder)] == [1, 2, 3, 4] and len(list((folder / "tensorboard").iterdir())) == 1
+
+
+def test_a_trainers_own_logger_gets_every_tag_in_one_folder(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, usual = runs[0] / "logged", runs[0] / "half_evaluated"
+    assert not (folder / "tensorboard").exists()
+    (board,) = (folder / "runs").iterdir()
+    events = EventAccumulator(str(board)).Reload()
+    found = {tag.partition("/")[2] if tag.startswith("train/") else tag for tag in events.Tags()["scalars"]}
+    wanted = {key for row in lines(usual)[:4] for key, value in row.items() if value is not None} - {"step"}
+    assert wanted <= found, wanted - found
+    rows = lines(folder)
+    assert [event.value for event in events.Scalars("train/stability/entropy")] == pytest.approx(
+        [row["stability/entropy"] for row in rows])  # fmt: skip
+
+
+def test_what_a_run_will_and_did_do_is_said_once(runs):
+    said = [line for line in runs[2].splitlines() if line.startswith("ds_stability: feedback:")]
+    assert "ds_stability: feedback: 6 steps; warm-up 2, ramp to 3; acts for 3 steps" in said
+    assert any(line.startswith("ds_stability: feedback: held variance ratio 0.") and "over 3 of 6 steps" in line for line in said)
+    never = [line for line in said if "never acts" in line]
+    assert len(never) == 1 and never[0].startswith("ds_stability: feedback: 4 steps; warm-up 100; never acts: lower ")
+    assert sum("acted in no step of 4" in line for line in said) == 1
 
 
 def test_nothing_is_recorded_without_enable(runs):

@@ -36,7 +36,13 @@ DEFAULTS = {
     "syncs": False,  # count host synchronizations of each step, see host_syncs.py
     "held_out": 0,  # sequences for the governor; "held_out_odd": True gives rank 1 other ones
     "held_out_odd": False,
-    "via_args": False,  # give the config as args.deepspeed_config, as deepspeed.add_config_arguments does
+    "via_args": None,  # give the config as this attribute of args, as deepspeed.add_config_arguments does
+    "comments": False,  # ... with a comment and a trailing comma, which DeepSpeed reads
+    "mode": "train",  # or "eval": the mode that from_pretrained returns a model in
+    "stray": False,  # evaluate with gradients before each micro-batch, in eval mode
+    "direct": False,  # loss.backward() instead of engine.backward(loss)
+    "died": False,  # another engine of the same model died in the middle of a backward
+    "sparse": False,  # sparse gradients of the embedding
 }
 
 
@@ -54,6 +60,14 @@ class OwnLossModel(torch.nn.Module):
 
 
 def build_model(run):
+    run = {**DEFAULTS, **run}
+    model = make_model(run).train(run["mode"] == "train")
+    if run["sparse"]:
+        model.get_input_embeddings().sparse = True
+    return model
+
+
+def make_model(run):
     torch.manual_seed(0)
     if run["arch"] == "own_loss":
         return OwnLossModel(run["vocab"])

@@ -64,10 +64,13 @@ def make_engine(run, world):
         return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
     block = run["other_block"] if run["other_block"] and dist.get_rank() == 1 else run["stability"]
     config = {**config, "stability": block}
+    if run["died"]:
+        die_in_backward(run, model, config, trainable)
     if run["via_args"]:
         path = Path(sys.argv[2]) / f"{run['name']}.{dist.get_rank()}.json"
-        path.write_text(json.dumps(config))
-        engine = ds_stability.initialize(SimpleNamespace(deepspeed_config=str(path)), model, model_parameters=trainable)[0]
+        text = json.dumps(config)
+        path.write_text(f"{text[:-1]},\n  # as DeepSpeed reads it\n}}" if run["comments"] else text)
+        engine = ds_stability.initialize(SimpleNamespace(**{run["via_args"]: str(path)}), model, model_parameters=trainable)[0]
     else:
         engine = ds_stability.initialize(model=model, model_parameters=trainable, config=config)[0]
     assert isinstance(engine, deepspeed.DeepSpeedEngine)
@@ -76,6 +79,34 @@ def make_engine(run, world):
     if run["held_out"]:
         engine.stability.set_held_out(held_out(run, dist.get_rank()))
     return engine
+
+
+def die_in_backward(run, model, config, trainable):
+    """An engine of `model` that a user gives up, as after running out of memory."""
+    engine = ds_stability.initialize(model=model, model_parameters=trainable, config=config)[0]
+    ids, labels = next(iter(micro_batches(run, 0, 0, dist.get_world_size())))
+    handle = model.get_output_embeddings().weight.register_hook(interrupted)
+    try:
+        engine.backward(engine(input_ids=ids, labels=labels).loss)
+    except KeyboardInterrupt:
+        handle.remove()
+    assert any(parameter._backward_hooks for parameter in model.parameters())
+    engine.destroy()
+    model.zero_grad()
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
+def interrupted(grad):
+    raise KeyboardInterrupt
+
+
+def stray_pass(engine, run, step, world):
+    """An evaluation that forgot `torch.no_grad()`: what it sees is not training."""
+    was = engine.module.training
+    engine.eval()
+    ids, labels = next(iter(micro_batches(run, 500 + step, dist.get_rank(), world)))
+    assert torch.is_tensor(engine(input_ids=ids, labels=labels).logits)
+    engine.module.train(was)
 
 
 def poison_hook(engine, run, step, micro, rank):
@@ -103,13 +134,17 @@ def train_step(engine, run, step, rank, world, syncs):
     losses = []
     for micro, (ids, labels) in enumerate(micro_batches(run, step, rank, world)):
         hook = poison_hook(engine, run, step, micro, rank)
+        if run["stray"]:
+            stray_pass(engine, run, step, world)
         extra = {"num_items_in_batch": total} if run["num_items"] else {}
         with watching(run) as before:
             loss = engine(input_ids=ids.to(engine.device), labels=labels.to(engine.device), **extra).loss
             if hook is not None:
                 hook.remove()
             factor = loss_factor(run, step, micro, rank)
-            if run["num_items"]:
+            if run["direct"]:
+                loss.backward()
+            elif run["num_items"]:
                 engine.backward(loss * world, scale_wrt_gas=False)
             else:
                 engine.backward(loss if factor == 1.0 else loss * factor)

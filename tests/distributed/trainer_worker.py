@@ -67,7 +67,14 @@ class FunctionTrainer(Trainer):
         super().__init__(**kwargs, compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.float().mean())
 
 
-TRAINERS = {cls.__name__: cls for cls in (Trainer, PreferenceTrainer, NoLabelsTrainer, FunctionTrainer)}
+class FirstTrainer(Trainer):
+    """On every rank it believes to be the first process, as under Axolotl on CPUs."""
+
+    def is_world_process_zero(self):
+        return True
+
+
+TRAINERS = {cls.__name__: cls for cls in (Trainer, FirstTrainer, PreferenceTrainer, NoLabelsTrainer, FunctionTrainer)}
 
 
 class Sequences(torch.utils.data.Dataset):

@@ -1,5 +1,8 @@
 """Invariant 1: level 0 is plain DeepSpeed to the bit, with every statistic switched on."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,13 +27,26 @@ CASES = {
         "ds": {"zero_optimization": {"stage": 1}, **BF16, "data_types": {"grad_accum_dtype": "fp32"}}
     },
     "stage0": {"ds": {"zero_optimization": {"stage": 0}}},
+    "stage0_sparse": {"ds": {"zero_optimization": {"stage": 0}}, "sparse": True, "clip": 0.0, "optimizer": "sgd"},
     "stage0_bf16": {"ds": {"zero_optimization": {"stage": 0}, **BF16}},
 }
+
+
+NAN = {"steps": 3, "poison": {"step": 1, "rank": 1, "value": "nan"}}
+MANY = {"steps": 3, "poison": {"step": "all", "rank": 1, "value": "nan"}, "ds": {"zero_optimization": {"stage": 0}}}
+MASKED = {"steps": 1, "gas": 1, "masked": {"step": 0, "micro": 0, "rank": "all"}, "ds": {"zero_optimization": {"stage": 0}}}
+DIFFERENT = {f"nan{stage}{name}": {**NAN, "ds": {"zero_optimization": {"stage": stage}, **precision}}
+             for stage in (0, 2) for name, precision in (("", {}), ("_bf16", BF16))}  # fmt: skip
+DIFFERENT |= {"nan3": NAN, "many": MANY, "masked": MASKED}
 
 
 @pytest.fixture(scope="module")
 def results(trainings):
     runs = []
+    for name, case in DIFFERENT.items():
+        runs.append({"name": f"{name}_plain", "engine": "plain", **case})
+        runs.append({"name": f"{name}_ours", "stability": {"max_skipped_steps": 2}, **case})
+    runs.append({"name": "auto", "ds": {"train_batch_size": "auto"}})
     for name, case in CASES.items():
         runs.append({"name": f"{name}_plain", "engine": "plain", **case})
         block = {"level": 0.0, "statistics": {"update_ratio_interval": 1}}
@@ -56,3 +72,43 @@ def test_statistics_were_measured_all_the_same(results, name):
     assert last["stability/gain"] == 0.0
     if norm is not None:
         assert last["grad_norm"] == pytest.approx(norm, rel=5e-3 if "bf16" in name or "fp16" in name else 1e-5)
+
+
+# ---- docs/footguns.md, "Where level 0 differs from plain DeepSpeed" ------------------------------------------------------------
+
+
+def finite(result):
+    return all(torch.isfinite(weight).all() for weight in result["weights"].values())
+
+
+def not_finite(results):
+    taken = [name for name in DIFFERENT if name.startswith("nan") and not finite(results[f"{name}_plain"])]
+    assert taken == ["nan0"]
+    for name in [name for name in DIFFERENT if name.startswith("nan")]:
+        assert finite(results[f"{name}_ours"]) and results[f"{name}_ours"]["skipped"] == 1
+
+
+def many(results):
+    assert not finite(results["many_plain"]) and len(results["many_plain"]["losses"]) == 3
+    assert all("2 optimizer steps in a row" in text for text in results["many_ours"]["errors"].values())
+
+
+def no_token(results):
+    plain, ours = results["masked_plain"]["losses"], results["masked_ours"]["losses"]
+    assert plain[0][0] != plain[0][0] and ours == [[0.0]]
+
+
+def mistake(results):
+    assert all('is "auto"' in text for text in results["auto"]["errors"].values())
+
+
+DIFFERENCES = {"A number that is not finite": not_finite, "Many of them": many, "A micro-batch without a supervised token": no_token,
+               "A config with a mistake": mistake}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", DIFFERENCES)
+def test_the_list_of_differences_is_whole_and_true(results, title):
+    text = (Path(__file__).parents[2] / "docs" / "footguns.md").read_text()
+    listed = text.partition("### Where level 0 differs from plain DeepSpeed")[2].partition("\n### ")[0]
+    assert re.findall(r"^- \*\*(.*?)\*\*", listed, re.MULTILINE) == list(DIFFERENCES)
+    DIFFERENCES[title](results)

@@ -208,9 +208,10 @@ def test_end_tokens_are_counted_among_inputs_and_labels():
     assert alarm.start_step == 100  # after the warm-up of a fresh model
     ids = torch.tensor([[1, 9, 2, 9], [3, 4, 9, 9]])
     labels = torch.tensor([[-100, 9, 2, -100], [3, 4, 9, -100]])
-    alarm.watch({"input_ids": ids, "labels": labels})
-    alarm.watch({"input_ids": ids, "labels": labels, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])})
-    alarm.watch({"input_ids": ids})  # no labels: nothing is trained on
+    alarm.watch({"input_ids": ids, "labels": labels})()
+    alarm.watch({"input_ids": ids, "labels": labels, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])})()
+    alarm.watch({"input_ids": ids})()  # no labels: nothing is trained on
+    alarm.watch({"input_ids": ids, "labels": labels})  # not differentiated
     assert alarm.counts.tolist() == [4 + 3, 8 + 7, 2 + 2, 5 + 5]
 
 
@@ -309,7 +310,7 @@ def test_padding_is_no_reference_text(monkeypatch, pad):
 
 def test_a_resumed_run_goes_on_counting(alone):
     alarm = make_alarm([list(range(60))], GOVERN)
-    alarm.watch({"input_ids": torch.tensor([[1, 9]]), "labels": torch.tensor([[-100, 9]])})
+    alarm.watch({"input_ids": torch.tensor([[1, 9]]), "labels": torch.tensor([[-100, 9]])})()
     alarm.check(100, COLLAPSED)
     resumed = make_alarm([list(range(60))], GOVERN, json.loads(json.dumps(alarm.state_dict())))
     assert resumed.counts.tolist() == alarm.counts.tolist() == [1, 2, 1, 1]

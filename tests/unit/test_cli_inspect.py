@@ -174,3 +174,37 @@ def test_kernels_without_their_package_are_a_warning(inspect, monkeypatch):
 def test_a_governor_is_the_reason_for_the_loss_path(inspect):
     _, out, _ = inspect({**GOOD, "stability": {"controller": {"mode": "governor", "target": 3.5}}})
     assert "loss path: linear (the governor of entropy acts through it)" in out
+
+
+READING = [
+    "from ds_stability.integrations.transformers import enable\nenable()",
+    "from ds_stability.integrations.transformers import enable as on\nif True:\n    on()",
+    "from ds_stability.integrations import transformers as t\nt.enable()",
+    "import ds_stability\nengine = ds_stability.initialize(model=None)[0]",
+    "import ds_stability.integrations.transformers\nds_stability.integrations.transformers.enable()",
+]
+IGNORING = [
+    "import deepspeed\ndeepspeed.initialize(model=None)",
+    "from ds_stability.integrations.transformers import enable",  # not called
+    "from ds_stability.recorder import read_metrics\nread_metrics('a')",
+    "from faulthandler import enable\nenable()",
+]
+
+
+@pytest.mark.parametrize("text, reads", [*((text, True) for text in READING), *((text, False) for text in IGNORING)])
+def test_a_script_that_ignores_the_block_is_named(tmp_path, capsys, text, reads):
+    (tmp_path / "train.py").write_text(text)
+    (tmp_path / "ds.json").write_text('{"stability": {"level": 0.5}, "gradient_clipping": 1.0}')
+    assert main(["inspect", str(tmp_path / "ds.json"), "--script", str(tmp_path / "train.py")]) == 0
+    output = capsys.readouterr().out
+    assert ("so this block is ignored there" in output) == (not reads)
+    assert "feedback acts from applied step 100 on, in full from 105 (of a pretrained model: 10 and 15)" in output
+
+
+def test_a_script_that_is_none(tmp_path, capsys):
+    (tmp_path / "ds.json").write_text("{}")
+    for name, content, part in (("no.py", None, "cannot be read"), ("x.py", "a b", "is no Python script")):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        assert main(["inspect", str(tmp_path / "ds.json"), "--script", str(tmp_path / name)]) == 2
+        assert part in capsys.readouterr().err

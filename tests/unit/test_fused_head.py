@@ -292,9 +292,49 @@ def test_a_second_forward_before_the_backward_is_refused_where_zero3_would_lose_
     loss = install(model, True)
     loss.interleaved = True
     ids, labels = make_ids()
-    model(input_ids=ids, labels=labels)
-    with pytest.raises(ValueError, match="second forward came before a backward"):
-        model(input_ids=ids, labels=labels)
+    first = model(input_ids=ids, labels=labels).loss
+    model(input_ids=ids, labels=labels).loss.backward()
+    with pytest.raises(ValueError, match="after which there was another one"):
+        first.backward()
+
+
+@pytest.mark.parametrize("given", ["train", "eval"])
+def test_in_the_mode_that_is_trained_in_there_are_no_logits_and_in_the_other_there_are(given):
+    model = make_model("llama").train(given == "train")
+    loss = install(model, True)
+    ids, labels = make_ids()
+    output = model(input_ids=ids, labels=labels)
+    output.loss.backward()
+    assert isinstance(output.logits, NoLogits) and loss.backwards == 1
+    model.eval()
+    output = model(input_ids=ids, labels=labels)  # an evaluation that forgot no_grad
+    assert torch.is_tensor(output.logits) == (given == "train")
+    assert loss.close_step()[0] == loss.evaluated()[0] > 0
+    if given == "train":  # trained on after all
+        model.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        found = gradients(model)
+        model.train().zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        torch.testing.assert_close(found, gradients(model), rtol=1e-4, atol=1e-6)
+        assert loss.backwards == 2
+
+
+def test_what_deepspeed_does_at_the_logits_is_done_at_the_loss_that_stands_in_for_them():
+    """A direct loss.backward() with accumulation is divided at every output; see docs/footguns.md."""
+    halved = {}
+    for fused in (True, False):
+        model = make_model("llama")
+        loss = install(model, fused)
+        loss.per_tensor = lambda: lambda grad: grad / 2
+        ids, labels = make_ids()
+        output = model(input_ids=ids, labels=labels)
+        for value in output.values():
+            if torch.is_tensor(value) and value.requires_grad:
+                value.register_hook(lambda grad: grad / 2)
+        output.loss.backward()
+        halved[fused] = gradients(model)
+    torch.testing.assert_close(halved[True], halved[False], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", ["stock", "chunked", "linear"])

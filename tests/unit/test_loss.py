@@ -170,7 +170,10 @@ def test_every_statistic_is_its_definition(chunk, chunked, training, high_freque
     wanted = dict.fromkeys(TOKEN_FIELDS, 0.0), np.zeros((64, 3))
     for seed in (7, 8):  # two micro-batches add up
         logits, labels = make_batch(seed, scale=3.0)
-        loss(logits, labels, vocab_size=VOCAB)
+        with torch.set_grad_enabled(training):
+            value = loss(logits, labels, vocab_size=VOCAB)
+        if training:
+            value.backward()
         sums, bins = expected_sums(logits, shifted(labels), SETTING, chunked and training, high_frequency)
         wanted = {name: wanted[0][name] + sums[name] for name in sums}, wanted[1] + bins
     used, unused = (loss.train, loss.evaluation) if training else (loss.evaluation, loss.train)
@@ -185,8 +188,9 @@ def test_the_controlled_statistic_stays_surprisal_under_another_objective(object
     logits, labels = make_batch(9)
     plain, other = make_loss(setting=SETTING), make_loss(setting=SETTING)
     other.objective = OBJECTIVES[objective]
-    plain(logits, labels)
+    plain(logits, labels).backward()
     value = other(logits, labels)
+    value.backward()
     last = TOKEN_FIELDS.index("loss")
     assert torch.equal(plain.train.sums_K[:last], other.train.sums_K[:last])
     mean = other.train.sums_K[last] / other.train.sums_K[0]

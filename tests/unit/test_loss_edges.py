@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ds_stability.controller import Setting
@@ -57,6 +58,8 @@ def test_masked_tokens_with_bad_logits_leave_no_trace_in_the_sums(chunked):
     bad = logits.detach().clone()
     bad[0, 1] = math.nan  # scored against label 2
     value = loss(bad.requires_grad_(), labels, vocab_size=VOCAB)
+    value.backward()
+    expected.backward()
     assert torch.equal(loss.train.vector(), reference.train.vector()) and torch.equal(value, expected)
 
 
@@ -93,6 +96,7 @@ def test_bad_logits_reach_the_sums_of_the_stock_path(kind):
     logits, labels = make_batch(2)
     loss = make_loss(chunked=False)
     value = loss(poison(logits, labels, kind), labels, vocab_size=VOCAB)
+    value.backward()
     assert not loss.train.vector().isfinite().all() and not value.isfinite()
 
 
@@ -110,7 +114,7 @@ def test_a_label_that_is_no_token_id_is_an_error(chunked):
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-@pytest.mark.parametrize("how", ["eval", "eval with grad", "no_grad", "detached logits"])
+@pytest.mark.parametrize("how", ["eval", "no_grad", "detached logits"])
 def test_evaluation_is_the_stock_loss_and_never_enters_training_statistics(chunked, how):
     logits, labels = make_batch(4)
     loss = make_loss(chunked)
@@ -122,12 +126,61 @@ def test_evaluation_is_the_stock_loss_and_never_enters_training_statistics(chunk
     assert loss.evaluation.sums_K[0] == 8 and loss.evaluation.sums_K[3] == 8  # weights are 1
 
 
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_differentiated_is_training_whatever_the_mode(chunked, training):
+    """Of two forwards one has a backward: it is the step's; the other is an evaluation in eval mode, else nothing."""
+    (logits, labels), (other, other_labels) = make_batch(4), make_batch(5)
+    other_labels[0] = -100
+    loss = make_loss(chunked)
+    loss.module.train(training)
+    value = loss(logits, labels, vocab_size=VOCAB)
+    again = loss(other, other_labels, vocab_size=VOCAB)
+    again.backward()
+    assert loss.train.sums_K[0] == 4 and (loss.forwards, loss.backwards) == (2, 1)
+    assert loss.close_step()[0] == 4 and loss.evaluated()[0] == (0 if training else 8)
+    assert loss.evaluated().abs().sum() == loss.close_step().abs().sum() == 0
+    value.backward()  # of a step that has ended, and a second backward counts nothing
+    assert loss.train.sums_K[0] == 8
+
+
+def test_eval_mode_shows_the_cross_entropy_and_gives_the_gradient_of_training():
+    (logits, labels), setting = make_batch(9), Setting(1.5, 3.0, 0.7, 1.3)
+    found = []
+    for training in (True, False):
+        loss = make_loss(setting=setting)
+        loss.module.train(training)
+        value = loss(logits, labels, vocab_size=VOCAB)
+        found.append((float(value.detach()), torch.autograd.grad(value, logits)[0]))
+    plain = float(ForCausalLMLoss(logits, labels, VOCAB).detach())
+    assert torch.equal(found[0][1], found[1][1]) and found[1][0] == pytest.approx(plain, rel=1e-6)
+    assert abs(found[0][0] - plain) > 0.1
+
+
+def test_a_repeated_forward_of_checkpointing_counts_once():
+    logits, labels = make_batch(3)
+    for reentrant in (True, False):
+        loss = make_loss()
+        run = lambda tensor: loss(tensor * 1.0, labels, vocab_size=VOCAB)  # noqa: E731, B023
+        torch.utils.checkpoint.checkpoint(run, logits, use_reentrant=reentrant).backward()
+        assert loss.train.sums_K[0] == 8 and loss.backwards == 1
+
+
+def test_a_loss_that_is_made_of_the_logits_is_measured_at_level_0():
+    logits, labels = make_batch(6)
+    loss = make_loss(chunked=False)
+    loss(logits, labels, vocab_size=VOCAB)
+    logits.square().sum().backward()
+    assert loss.train.sums_K[0] == 8 and loss.backwards == 1
+
+
 def test_measure_false_skips_only_the_statistics_of_the_stock_path():
     logits, labels = make_batch(5)
     for chunked, tokens in ((False, 0), (True, 8)):
         loss = make_loss(chunked)
         loss.measure = False
         value = loss(logits, labels, vocab_size=VOCAB)
+        value.backward()
         assert loss.train.sums_K[0] == tokens
         assert chunked or torch.equal(value, ForCausalLMLoss(logits, labels, VOCAB))
         with torch.no_grad():
@@ -138,22 +191,27 @@ def test_measure_false_skips_only_the_statistics_of_the_stock_path():
 # ---- use and misuse -------------------------------------------------------------------------------------------------
 
 
-def test_a_second_forward_before_backward_is_refused_where_gradients_would_be_lost():
+def test_a_backward_after_the_next_forward_is_refused_where_gradients_would_be_lost():
     logits, labels = make_batch(6)
     loss = make_loss()
     loss.interleaved = True
     first = loss(logits, labels)
     with torch.no_grad():
         loss(logits, labels)  # evaluation in between is fine
-    with pytest.raises(StabilityConfigError, match="second forward"):
-        loss(logits, labels)
+    first.backward()
+    first, second = loss(logits, labels), loss(logits, labels)
+    second.backward()  # the first may be an evaluation without no_grad
+    with pytest.raises(StabilityConfigError, match="after which there was another one"):
+        first.backward()
+    with pytest.raises(StabilityConfigError, match="after which there was another one"):
+        (loss(logits, labels) + loss(logits, labels)).backward()
     loss = make_loss()
     loss.interleaved = True
     for _ in range(3):
         loss(logits, labels).backward()
     loss = make_loss()
     (loss(logits, labels) + loss(logits, labels)).backward()
-    assert first.requires_grad and (loss.forwards, loss.backwards) == (2, 2)
+    assert (loss.forwards, loss.backwards) == (2, 2)
 
 
 def test_require_used():
@@ -166,6 +224,7 @@ def test_require_used():
         loss.require_used()  # called, but something else was differentiated
     value.backward()
     loss.require_used()
+    loss.close_step()
     with pytest.raises(StabilityConfigError):
         loss.require_used()  # counted per step
     make_loss(chunked=False).require_used()  # level 0 watches, and needs nothing

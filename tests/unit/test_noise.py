@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ds_stability import install_loss as install_module
+from ds_stability.config import StabilityConfig
 from ds_stability.controller import Setting
 from ds_stability.loss import StabilityLoss
 from ds_stability.noise import MicroGradientMeter
@@ -152,3 +155,45 @@ def test_bfloat16_gradients_are_squared_in_fp32():
     value.backward()
     meter.close()
     assert float(meter.sums[0]) == pytest.approx(float(model.weight.grad.double().square().sum()), rel=1e-5)
+
+
+class Engine:
+    """What `install_loss` asks of an engine."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def zero_optimization_stage(self):
+        return 2
+
+    def _backward_prologue_per_tensor(self, grad):
+        return grad
+
+
+def test_another_engine_takes_away_what_a_dead_one_left_on_the_model(monkeypatch):
+    """It died in the middle of a backward: its hooks are on the parameters, and its loss in the model."""
+    monkeypatch.setattr(install_module.dist, "get_rank", lambda group=None: 0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=17, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=1, num_key_value_heads=1))  # fmt: skip
+    config = StabilityConfig.parse({"level": 0.5, "loss_path": "chunked"}).resolve(False)
+    engines = [Engine(model), Engine(model)]
+    first = install_module.install_loss(engines[0], model, config, torch.device("cpu"), None)
+    meter = MicroGradientMeter(model, torch.device("cpu"), 1)
+    first.parts.append(lambda: meter.listen(False))
+    first.on_backward = meter.start
+    meter.listen(True)
+    handle = model.get_input_embeddings().weight.register_hook(interrupted)
+    ids = torch.arange(8).view(1, 8)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=ids, labels=ids).loss.backward()
+    handle.remove()
+    assert any(p._backward_hooks for p in model.parameters()) and meter.squares
+    second = install_module.install_loss(engines[1], model, config, torch.device("cpu"), None)
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert model.loss_function is second and second.stock is ForCausalLMLoss
+    second.release()
+    assert model.loss_function is ForCausalLMLoss
+
+
+def interrupted(grad):
+    raise KeyboardInterrupt

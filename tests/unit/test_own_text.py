@@ -7,6 +7,7 @@ import torch
 
 from ds_stability import stability as stability_module
 from ds_stability.config import StabilityConfig
+from ds_stability.effect import Effect
 from ds_stability.errors import StabilityConfigError
 from ds_stability.objectives.build import prefixes
 from ds_stability.objectives.rows import micro_batch
@@ -55,6 +56,7 @@ def test_the_governor_stands_still_in_steps_on_own_text(monkeypatch, own_text):
     stability, warned = object.__new__(Stability), []
     stability.own_text, stability.governance, stability.recorder, stability.ema = own_text, Part("governance"), None, None
     stability.stabilizers = {"governance": stability.governance, "clipping": Part("clipping")}
+    stability.effect = Effect(StabilityConfig())
     stability.started, stability.applied_steps, stability.skipped_steps, stability.skipped_in_a_row = 0.0, 0, 0, 0
     stability.measures = SimpleNamespace(update=lambda sums: None, metrics=dict)
     stability.config = SimpleNamespace(max_skipped_steps=10)

@@ -130,10 +130,14 @@ def test_before_it_begins_the_weights_stand_for_themselves():
 
 @pytest.mark.parametrize("what", ["a training step", "save_checkpoint"])
 def test_a_step_or_a_checkpoint_inside_is_refused(what):
-    stability = SimpleNamespace(ema=SimpleNamespace(swapped=True, mend=lambda engine: None), engine=None)
+    def average(swapped):
+        ema = object.__new__(WeightAverage)
+        ema.__dict__.update(swapped=swapped, mend=lambda engine: None)
+        return ema
+
     with pytest.raises(RuntimeError, match=f"^{what} is not possible inside averaged_weights"):
-        Stability.require_own_weights(stability, what)
-    for ema in (None, SimpleNamespace(swapped=False, mend=lambda engine: None)):
+        Stability.require_own_weights(SimpleNamespace(ema=average(True), engine=None), what)
+    for ema in (None, average(False)):
         Stability.require_own_weights(SimpleNamespace(ema=ema, engine=None), what)
 
 
