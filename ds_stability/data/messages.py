@@ -53,7 +53,10 @@ def normal_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     tools = _parsed(tools, f"{where}: field 'tools'") if isinstance(tools, str) and tools.strip() else tools or None
     if tools is None:
         return None
-    tools = without_nulls([tool for tool in tools if tool is not None] if isinstance(tools, list) else tools)
+    try:
+        tools = without_nulls([tool for tool in tools if tool is not None] if isinstance(tools, list) else tools)
+    except RecursionError:
+        raise UserError(f"{where}: field 'tools' is nested too deeply; mend the record") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError(f"{where}: field 'tools' is no list of objects; write {{\"type\": \"function\", \"function\": ...}}")
     return [_wrapped(tool) for tool in tools] or None

@@ -98,7 +98,8 @@ def test_tools_are_read_as_objects_or_json_text_without_the_padding_of_others():
         assert read([USER, ANSWER], tools=given).tools == [definition]
     for given in (None, [], "", "[]", [None]):
         assert read([USER, ANSWER], tools=given).tools is None
-    for given in ("f(x)", {"name": "f"}, ["f"]):
+    deep = '[{"name": "f", "parameters": ' + '{"a": ' * 900 + "1" + "}" * 901 + "]"
+    for given in ("f(x)", {"name": "f"}, ["f"], deep):
         with pytest.raises(UserError, match="field 'tools'"):
             read([USER, ANSWER], tools=given)
 
