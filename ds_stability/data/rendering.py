@@ -69,8 +69,8 @@ class Rendering:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        template = self.tokenizer.get_chat_template(tools=tools)
         try:
+            template = self.tokenizer.get_chat_template(tools=tools)
             texts, spans = render_jinja_template([messages], tools=tools, chat_template=template, **options, **self.tokenizer.special_tokens_map)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -155,3 +155,13 @@ def test_whatever_is_said_the_assistant_alone_is_supervised(tokenizers):
         kept = tokenizers[shape].decode([token for token, kept in zip(ids, marks, strict=True) if kept])
         assert {tag for tag in (f"{role[0]}{number}z" for role, number in turns) if tag in kept} == {
             f"a{number}z" for role, number in turns if role == "assistant"}, shape  # fmt: skip
+
+
+def test_templates_by_name_without_a_default_are_one_line(tokenizers):
+    tokenizer = make_tokenizer(SHAPES["chatml"])
+    tokenizer.chat_template = {"rag": "{{ messages }}"}
+    with pytest.raises(UserError, match="row 1: the chat template refuses the messages"):
+        encode(tokenizer, "turns")
+    tokenizer.chat_template = {"default": SHAPES["chatml"]["template"], "tool_use": SHAPES["qwen2_5_tools"]["template"]}
+    ids, marks = encode(tokenizer, "calls")
+    assert "<tool_call>" in tokenizer.decode([token for token, kept in zip(ids, marks, strict=True) if kept])
