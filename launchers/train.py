@@ -87,7 +87,7 @@ class StabilityTrainer(BranchingTrainer, OrderedTrainer, WholeCheckpoints):
         output = super().evaluation_loop(*args, **kwargs)
         stability = engine_of(self.model).stability
         values = stability.evaluation_metrics()
-        output.metrics |= loggable(values) | {"eval_loss": values["eval/cross_entropy"]}
+        output.metrics.update(loggable(values), eval_loss=values["eval/cross_entropy"])  # a named tuple: not assigned
         if stability.recorder is not None:
             stability.recorder.record(self.state.global_step, values)
         return output
