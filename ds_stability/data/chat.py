@@ -88,24 +88,46 @@ class Turns:
         messages = self.chat.messages
         try:
             other = self.chat.render([*messages[:number], self.chat.plain_turn(self.chat.mark), *messages[number + 1 :]])
-        except UserError:  # the turns after a tool call may be refused without it
-            return self._region_by_prefix(number)
+        except UserError:  # the results of a tool may be refused without the call
+            return self._region_by_prefix(number) or self._region_of_call(number)
         if self.chat.mark not in other:
             raise UserError(f"{self.chat.document.where}: the chat template does not print turn {number + 1}, so the assistant's "
                             "tokens cannot be told; drop --assistant_only_loss or put {% generation %} marks into the template")
-        start = shared(self.chat.text, other)
-        end = len(self.chat.text) - shared(self.chat.text[::-1], other[::-1])
+        return self._snapped(shared(self.chat.text, other), len(self.chat.text) - shared(self.chat.text[::-1], other[::-1]))
+
+    def _snapped(self, start: int, end: int) -> Span:
+        """The same place without a part of a token at its borders: two tokens may begin or end alike."""
         for token in self.chat.tokens.finditer(self.chat.text):
             start = token.start() if token.start() < start < token.end() else start
             end = token.end() if token.start() < end < token.end() else end
         return start, max(start, end)
 
-    def _region_by_prefix(self, number: int) -> Span:
+    def _region_by_prefix(self, number: int) -> Span | None:
+        """Where the turn stands if the turns up to it are the beginning of the text, else None."""
+        if not number:
+            return None
         prompt = self.chat.render(self.chat.messages[:number], prompt=True)
         turn = self.chat.render(self.chat.messages[: number + 1]).rstrip()
-        if not (number and turn.startswith(prompt) and self.chat.text.startswith(turn)):
-            raise self._cannot_tell(number)
+        if not (turn.startswith(prompt) and self.chat.text.startswith(turn)):
+            return None
         return len(prompt), len(turn)
+
+    def _region_of_call(self, number: int) -> Span:
+        """Where a turn that calls tools stands: its beginning told by an answer without them, its end by other arguments."""
+        messages, mark = self.chat.messages, self.chat.mark
+        call, end = messages[number], self.chat.tokens.search(self.chat.end_of_turn)
+        if "tool_calls" not in call or end is None:
+            raise self._cannot_tell(number)
+        following = next((n for n in range(number + 1, len(messages)) if messages[n]["role"] == "user"), len(messages))
+        plain = self.chat.render([*messages[:number], self.chat.plain_turn(mark), *messages[following:]])
+        calls = [{**one, "function": {**one["function"], "arguments": mark if isinstance(one["function"]["arguments"], str) else {mark: mark}}}
+                 for one in call["tool_calls"]]  # fmt: skip
+        other = self.chat.render([*messages[:number], {**call, "tool_calls": calls}, *messages[number + 1 :]])
+        start, inside = shared(self.chat.text, plain), len(self.chat.text) - shared(self.chat.text[::-1], other[::-1])
+        last = self.chat.text.find(end.group(), inside)
+        if mark not in plain or mark not in other or not start <= inside <= last:
+            raise self._cannot_tell(number)
+        return self._snapped(start, last)
 
     def _cannot_tell(self, number: int) -> UserError:
         return UserError(f"{self.chat.document.where}: the chat template renders turn {number + 1} differently when it stands alone, "

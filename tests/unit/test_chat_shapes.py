@@ -50,12 +50,14 @@ CHATS = {
                      turn("assistant", "<think>\nRivers.\n</think>\n\nThe Seine.")],
     "calls": CALLED,
     "call_last": CALLED[:2],
+    "two_rounds": [*CALLED, turn("user", "And in Lyon?"), {"role": "assistant", "tool_calls": [call("get_weather", {"city": "Lyon"})]},
+                   turn("tool", "sunny"), turn("assistant", "There, too.")],
     "calls_as_text": [CALLED[0], {"role": "assistant", "content": None, "tool_calls": [call("get_weather", '{"city": "Paris"}')]}, *CALLED[2:]],
     "two_calls": [CALLED[0], turn("assistant", "One moment.", tool_calls=[call("get_weather", {"city": "Paris", "a": None}), call("add", {"city": None, "a": 1})]),
                   *CALLED[2:]],
     "tools_alone": [ASKED, PARIS],
 }  # fmt: skip
-WITH_TOOLS = ("turns_with_tools", "calls", "call_last", "calls_as_text", "two_calls", "tools_alone")
+WITH_TOOLS = ("turns_with_tools", "two_rounds", "calls", "call_last", "calls_as_text", "two_calls", "tools_alone")
 CASES = [(shape, chat) for shape, values in SHAPES.items() for chat in values["expect"]]
 REFUSED = [(shape, chat) for shape, values in SHAPES.items() for chat in values.get("refused", ())]
 
