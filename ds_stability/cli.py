@@ -92,7 +92,8 @@ def _inspect_data(args: argparse.Namespace) -> int:
     view = view_data(spec, args.tokenizer_name, args.vocab_size, args.block_size, args.rows)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
-    print(as_text(view, color, max(20, width)))
+    encoding = sys.stdout.encoding or "utf-8"  # the text has characters that an ASCII terminal lacks
+    print(as_text(view, color, max(20, width)).encode(encoding, "backslashreplace").decode(encoding))
     if args.html:
         try:
             write_atomic(args.html, as_html(view))

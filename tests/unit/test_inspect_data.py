@@ -1,5 +1,6 @@
 """`ds-stability inspect --data`: what training makes of the first rows, on a terminal and as a page."""
 
+import io
 import json
 import re
 import unicodedata
@@ -117,6 +118,14 @@ def test_nothing_supervised_is_said(place, inspect, tmp_path):
 def test_mistakes_are_one_line(place, inspect, more, words):
     code, _, err = inspect(*flags(place, *more))
     assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_an_ascii_terminal_gets_escapes(place, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert main(["inspect", *map(str, flags(place))]) == 0
+    stream.seek(0)
+    assert "\\u21b5 is a line's end" in stream.read()
 
 
 def test_one_of_file_and_data(place, inspect):
