@@ -3,11 +3,12 @@
 A level in a run that is shorter than its warm-up acts like no level at all, and nothing in such a run looks wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ds_stability.config import StabilityConfig
 from ds_stability.schedule import level_at
+from ds_stability.takeover import CLIPPING, GOVERNOR
 
 
 def first_step(config: StabilityConfig, part: str) -> int | None:
@@ -34,24 +35,33 @@ def ramp_steps(config: StabilityConfig, part: str) -> int:
     return config.controller.ramp_steps if part == "feedback" and not replayed else 0
 
 
-def outlook(config: StabilityConfig, steps: int) -> list[str]:
+def outlook(config: StabilityConfig, steps: int, behind: int = 0, anew: Collection[str] = ()) -> list[str]:
     """One line for each part that acts, or should, in a run of `steps` applied steps; `config` is resolved.
 
     Averages and objectives act from the first step, and have none.
+
+    Args:
+        behind: how many of the steps are those of a branch's trunk. anew: what begins after them (takeover.py).
     """
-    lines = []
+    lines, trunk = [], f", {behind} of them the trunk's" if behind else ""
     for part in _acting(config):
         if part == "governor" and config.controller.start == "alarm":
             lines.append(f"governor: {steps} steps; begins when the alarm says so")
             continue
         begin = first_step(config, part)
+        opening = _opening(config, part, begin)
+        if begin is not None and CLIPPING in anew and part == "clipping":
+            begin = max(begin, behind + max(config.controller.warmup_steps, 2))
+            opening = f"warm-up {begin}"
+        if begin is not None and GOVERNOR in anew and part == "governor" and begin < behind:
+            begin, opening = behind, "warm-up of the trunk"
         if begin is None or begin >= steps:
-            lines.append(f"{part}: {steps} steps; {_opening(config, part, begin)}; never acts: {_remedy(config, part)}")
+            lines.append(f"{part}: {steps} steps{trunk}; {opening}; never acts: {_remedy(config, part)}")
             continue
         full = begin + ramp_steps(config, part)
-        ramp = f", ramp to {full}" if full > begin else ""
-        acts = f"acts for {steps - full} steps" if full < steps else f"only its ramp acts, for {steps - begin} steps: {_remedy(config, part)}"
-        lines.append(f"{part}: {steps} steps; {_opening(config, part, begin)}{ramp}; {acts}")
+        ramp, first = f", ramp to {full}" if full > begin else "", max(full, behind)
+        acts = f"acts for {steps - first} steps" if full < steps else f"only its ramp acts, for {steps - begin} steps: {_remedy(config, part)}"
+        lines.append(f"{part}: {steps} steps{trunk}; {opening}{ramp}; {acts}")
     return lines
 
 

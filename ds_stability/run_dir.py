@@ -238,7 +238,7 @@ _ABSENT = object()
 
 def _show(value: Any, limit: int = 80) -> str:
     text = "nothing" if value is _ABSENT else json.dumps(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if len(text) <= limit else f"{text[: limit // 2 - 3]}...{text[-limit // 2 :]}"  # two paths may differ at their ends
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from ds_stability.controller import SurprisalState
 
 Json = dict[str, Any]
+CLIPPING, GOVERNOR = "clipping, after a warm-up", "the governor"
 MOMENTS = tuple(field.name for field in fields(SurprisalState))
 
 
@@ -90,7 +91,7 @@ def _governance(old: Json, block: Json, fresh: Json, moments: Json, result: Take
     if moments and "governance" in old["stabilizers"] and not _differs(old["config"], block, "controller"):
         return old["stabilizers"]["governance"]
     result.settle.append("governance")
-    result.anew.append("the governor")
+    result.anew.append(GOVERNOR)
     governor = fresh["governor"] | {"applied_steps": old["applied_steps"]}
     return fresh | {"governor": governor, "surprisal": fresh["surprisal"] | moments}
 
@@ -99,7 +100,7 @@ def _clipping(old: Json, block: Json, fresh: Json, moments: Json, result: Takeov
     before = _family(old["config"], "clipping")
     if "clipping" in old["stabilizers"] and before["ema_decay"] == _family(block, "clipping")["ema_decay"]:
         return old["stabilizers"]["clipping"]
-    result.anew.append("clipping, after its warm-up")
+    result.anew.append(CLIPPING)
     return fresh
 
 

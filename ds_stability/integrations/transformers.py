@@ -262,7 +262,8 @@ class StabilityCallback(TrainerCallback):
             engine.stability.recorder = recorder
             engine.stability.listeners.append(recorder.record)
             _recording.add(engine.stability)
-        say(outlook(engine.stability.config, state.max_steps))
+        anew = engine.stability.begun_anew
+        say(outlook(engine.stability.config, state.max_steps, engine.stability.applied_steps if anew is not None else 0, anew or ()))
 
     def on_step_begin(self, args, state, control, processing_class=None, **kwargs):
         stability = self.engine.stability if self.engine is not None else None

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ds_stability.checkpoint_files import write_manifest
 from ds_stability.config import StabilityConfig
+from ds_stability.effect import outlook
 from ds_stability.errors import UserError
 from ds_stability.eval.report_curves import warmup
 from ds_stability.launchers.arguments import parse_command
@@ -302,6 +303,19 @@ def test_moments_that_were_smoothed_otherwise_begin_anew():
     assert "another statistics.ema_decay" in result.anew[0] and result.state["update_meter"] == [0.0, 0.0]
     clipping = {**FULL, "stabilizers": FULL["stabilizers"] | {"clipping": {"ema_decay": 0.5}}}
     assert taken(FULL, clipping)[2]["clipping"].state.steps == 0
+
+
+@pytest.mark.parametrize("block, old, line", [
+    ({"level": 0.5}, {"level": 0.0}, "feedback: 300 steps, 200 of them the trunk's; warm-up 10, ramp to 15; acts for 100 steps"),
+    ({"level": 0.5, "stabilizers": {"clipping": {}}}, {"level": 0.0}, "clipping: 300 steps, 200 of them the trunk's; warm-up 210; acts for 90 steps"),
+    ({"level": 0.5, "stabilizers": {"clipping": {}}}, {"level": 0.2, "stabilizers": {"clipping": {}}},
+     "clipping: 300 steps, 200 of them the trunk's; warm-up 10; acts for 100 steps"),
+    (GOVERNOR | {"controller": GOVERNOR["controller"] | {"setpoint_ramp_steps": 20}}, {"level": 0.0},
+     "governor: 300 steps, 200 of them the trunk's; warm-up of the trunk, ramp to 220; acts for 80 steps"),
+])  # fmt: skip
+def test_the_first_line_counts_a_branch_own_steps(block, old, line):
+    anew = taken(old, block)[1].anew
+    assert outlook(StabilityConfig.parse(block).resolve(pretrained=True), 300, 200, anew) == [line]
 
 
 def test_the_ratio_of_a_branch_is_settled_after_its_branch_point():
