@@ -119,7 +119,8 @@ class _Rows:
         self.done = [0] * len(encoded)
 
     def segment(self, ids: np.ndarray, marks: np.ndarray) -> Segment:
-        for number, row in enumerate(self.ids):
+        for number in sorted(range(len(self.ids)), key=lambda number: len(self.ids[number]) != len(ids)):  # whole rows first
+            row = self.ids[number]
             starts = [self.done[number], len(row) - len(ids)]  # where it went on, or its end
             first = next((start for start in starts if start >= self.done[number] and np.array_equal(row[start : start + len(ids)], ids)), None)
             if first is not None:

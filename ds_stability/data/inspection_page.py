@@ -70,7 +70,7 @@ def as_html(view: DataView) -> str:
 
 
 def _notes(view: DataView) -> list[str]:
-    notes = [f"{len(view.left_out)} of these rows stand in no block, because they are longer than one or empty: "
+    notes = [f"{len(view.left_out)} left out, because longer than a block or empty: "
              + ", ".join(view.left_out[:5]) + (", ..." if len(view.left_out) > 5 else "")] if view.left_out else []  # fmt: skip
     if view.more_blocks:
         notes.append(f"{view.more_blocks} more blocks of these rows are not shown")
