@@ -38,8 +38,8 @@ class NoLogitsError(StabilityConfigError, AttributeError):
 
     def __init__(self, *_):
         super().__init__(
-            "above stability level 0 the model's head computes the loss, and a training forward has no logits: set "
-            'stability.loss_path to "chunked" if something has to read them; if the training loss is computed from them, outside '
+            "above stability level 0 the model's head computes the loss, and a training forward has no logits: evaluate under "
+            'torch.no_grad(), and set stability.loss_path to "chunked" if something has to read them in training; if the training loss is computed from them, outside '
             "of the model, no level can act on it: set stability.level to 0"
         )
 
