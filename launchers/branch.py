@@ -30,6 +30,7 @@ from ds_stability.launchers.starting_point import step_of
 from ds_stability.run_dir import RunDir, difference
 
 STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+IN_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _AGREEING = {
     "zero_optimization": ("stage", "sub_group_size"), "optimizer": ("type",), "scheduler": ("type",),
 }  # fmt: skip
@@ -163,6 +164,13 @@ def require_same_order(command: Command, run: RunDir) -> None:
     found = difference(order, order_of(command, order))
     if found is not None:
         raise UserError(f"--output_dir {run.path}: {found}; give the same, or a new --output_dir")
+
+
+def overruled(command: Command, run: RunDir) -> list[str]:
+    """What a resumed run is given and does not take, as the optimizer in the checkpoint has it otherwise: a line for each."""
+    before = _mapping(_mapping(run.read_manifest().get("config")).get("training"))
+    return [f"--{flag} {command.training[flag]} has no effect: the run's is {before[flag]}, and goes on; a branch takes another one"
+            for flag in IN_THE_OPTIMIZER if flag in before and before[flag] != command.training[flag]]  # fmt: skip
 
 
 # ---- global batches ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ds_stability.data.tokenizer import tokenizer_hash
 from ds_stability.errors import AlarmStoppedError, StoppedError, UserError
 from ds_stability.integrations.alarm import Alarm, blocks_of_file
 from ds_stability.launchers.arguments import Command, TrainArguments, trainer_ds_config
-from ds_stability.launchers.branch import branch_entry, branch_identity, require_same_order, require_trunk
+from ds_stability.launchers.branch import branch_entry, branch_identity, overruled, require_same_order, require_trunk
 from ds_stability.launchers.data_order import Batches
 from ds_stability.launchers.starting_point import step_of
 from ds_stability.launchers.world_size import require_same_batch
@@ -75,6 +75,8 @@ def start_run(command: Command, run: RunDir, identity: dict[str, Any], facts: di
     hold_run(run.create(), command.continues or command.resume_mode == "auto")
     remove_remains(run.path)
     if command.continues:
+        for line in overruled(command, run):
+            print(f"note: {line}", flush=True)
         _leave_behind(command, run)
         return
     if command.resume_mode == "auto":

@@ -20,6 +20,7 @@ from ds_stability.launchers.branch import (
     branch_entry,
     global_batches,
     go_on_at,
+    overruled,
     require_same_order,
     require_trunk,
 )
@@ -132,6 +133,12 @@ def test_a_resumed_run_keeps_the_order_of_its_blocks(trunk):
     require_same_order(command("--resume_from_checkpoint", "true", output="old"), trunk)
     with pytest.raises(UserError, match="--output_dir .*old: its run has shuffle_buffer = 0, this command has 5"):
         require_same_order(command("--resume_from_checkpoint", "true", "--shuffle_buffer", "5", output="old"), trunk)
+
+
+def test_what_a_resumed_run_does_not_take_is_said(trunk):
+    assert overruled(command("--resume_from_checkpoint", "true", output="old"), trunk) == []
+    given = command("--resume_from_checkpoint", "true", "--learning_rate", "0.1", "--max_steps", "30", output="old")
+    assert overruled(given, trunk) == ["--learning_rate 0.1 has no effect: the run's is 5e-05, and goes on; a branch takes another one"]
 
 
 def test_the_manifest_names_the_trunk(trunk):
