@@ -180,7 +180,24 @@ def _run_report(args: argparse.Namespace) -> int:
     return 0
 
 
-SUBCOMMANDS = (add_inspect, add_eval, add_sweep, add_report)
+def add_export(subparsers: Any) -> None:
+    """`export RUN`: final/ from the newest whole checkpoint of a run."""
+    parser = subparsers.add_parser(
+        "export", help="write final/ of a run from its newest whole checkpoint, on the CPU, in one process",
+        **_epilog("ds-stability export runs/first",
+                  "0 final/ is written, and DONE if the run was trained to its end; 2 a mistake in what was given"),
+    )  # fmt: skip
+    parser.add_argument("directory", metavar="RUN", help="folder of the run, the --output_dir of launchers/train.py")
+    parser.set_defaults(run=_run_export)
+
+
+def _run_export(args: argparse.Namespace) -> int:
+    from ds_stability.launchers.export_command import run
+
+    return run(args)
+
+
+SUBCOMMANDS = (add_inspect, add_export, add_eval, add_sweep, add_report)
 
 
 def build_parser() -> argparse.ArgumentParser:

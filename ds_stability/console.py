@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from ds_stability.errors import PeerLostError, SkippedStepsError, StoppedError, StorageError, UserError
+from ds_stability.errors import ExportError, PeerLostError, SkippedStepsError, StoppedError, StorageError, UserError
 from ds_stability.failures import storage_reason
 from ds_stability.output import stop_when_unread
 from ds_stability.preemption import release_signals
@@ -54,7 +54,7 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
         if global_rank() == 0:
             print(f"stopped: {stop}", file=sys.stderr, flush=True)
         return stop.exit_code
-    except (UserError, SkippedStepsError) as error:
+    except (UserError, SkippedStepsError, ExportError) as error:
         _speak(error)
         return error.exit_code
     except (PeerLostError, StorageError) as error:
@@ -66,7 +66,7 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
     return 0
 
 
-def _speak(error: UserError | SkippedStepsError | PeerLostError | StorageError) -> None:
+def _speak(error: UserError | SkippedStepsError | ExportError | PeerLostError | StorageError) -> None:
     rank = global_rank()
     if not isinstance(error, PeerLostError):
         release_signals()  # it is the launcher's now to end those that wait here, and they have nothing to add

@@ -41,6 +41,13 @@ class StorageError(RuntimeError):
     everywhere = False
 
 
+class ExportError(RuntimeError):
+    """The trained model could not be written; its checkpoint is whole (sysexits.h: EX_SOFTWARE)."""
+
+    exit_code = 70
+    everywhere = True
+
+
 class StoppedError(RuntimeError):
     """A signal stopped the run after a whole step, and its checkpoint is saved: start it again (sysexits.h: EX_TEMPFAIL)."""
 

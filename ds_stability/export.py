@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_stability.engine import engine_of
-from ds_stability.errors import UserError
+from ds_stability.errors import ExportError, UserError
 from ds_stability.gathered import base_model, is_partitioned, is_peft, random_state_kept, whole
 from ds_stability.merging import check_merge, check_saving, merge_adapter
 from ds_stability.model_card import model_card
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 GATHER_BYTES = 2**28  # weights that are whole at the same time on the accelerator
 HIGH_FREQUENCY_NAME = "high_frequency.json"
+ADAPTER = "adapter"
+DESCRIPTION = "description"  # of the exported model, in the run's folder from its start on
 
 
 def check_exportable(module: torch.nn.Module) -> None:
@@ -82,7 +84,8 @@ def export_model(
         high_frequency_file: copied into the directory as high_frequency.json.
 
     Raises:
-        RuntimeError: on every rank, when rank 0 could not write.
+        ExportError: on every rank, when rank 0 could not write. An adapter that could not be merged is kept in adapter/ beside
+            the directory.
     """
     state = gather_state_dict(engine)
     failure: Exception | None = None
@@ -90,13 +93,13 @@ def export_model(
         try:
             with random_state_kept():
                 files = (tokenizer, card_metadata, high_frequency_file)
-                _write(engine.module, state, Path(directory), *files, max_shard_size)
+                write_export(engine.module, state, Path(directory), *files, max_shard_size)
         except Exception as error:  # raised below, after the other ranks have heard of it
             failure = error
     message = [None if failure is None else f"{type(failure).__name__}: {failure}"]
     torch.distributed.broadcast_object_list(message, src=0)
     if message[0] is not None:
-        raise RuntimeError(f"export to {directory} failed: {message[0]}") from failure
+        raise ExportError(f"export to {directory} failed: {message[0]}") from failure
 
 
 def gather_state_dict(engine: "DeepSpeedEngine") -> dict[str, torch.Tensor] | None:
@@ -138,7 +141,11 @@ def _pieces(engine: "DeepSpeedEngine", parameters: list[torch.nn.Parameter]) -> 
     return pieces
 
 
-def _write(module, state, directory: Path, tokenizer, metadata, high_frequency_file, max_shard_size) -> None:
+def write_export(
+    module: torch.nn.Module, state: Mapping[str, torch.Tensor], directory: Path, tokenizer: "PreTrainedTokenizerBase | None",
+    metadata: Mapping[str, Any], high_frequency_file: str | os.PathLike | None, max_shard_size: str = "5GB",
+) -> None:  # fmt: skip
+    """`export_model` for one process that has the whole tensors. If it fails, an adapter is kept in adapter/ beside `directory`."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -146,15 +153,46 @@ def _write(module, state, directory: Path, tokenizer, metadata, high_frequency_f
         dtype = _main_dtype(state)
         model = base_model(module)
         if is_peft(module):
-            module.save_pretrained(temporary / "adapter", state_dict=dict(state))
-            model = merge_adapter(module, state)
-            state = model.state_dict()
+            module.save_pretrained(temporary / ADAPTER, state_dict=dict(state))
+            model, state = _merged(module, state, temporary / ADAPTER, directory.with_name(ADAPTER))
         _save_model(model, state, temporary, dtype, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if high_frequency_file is not None:
             shutil.copyfile(high_frequency_file, temporary / HIGH_FREQUENCY_NAME)
         write_atomic(temporary / "README.md", model_card(metadata))
+        _publish(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _merged(module, state, adapter: Path, refuge: Path) -> tuple["PreTrainedModel", Mapping[str, torch.Tensor]]:
+    try:
+        model = merge_adapter(module, state)
+        return model, model.state_dict()
+    except Exception:
+        _publish(adapter, refuge)
+        raise
+
+
+def write_description(module: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase", directory: Path, keeps_cache: bool) -> None:
+    """All of an export but the weights: what `ds-stability export` builds the model from, and the proof that it can be written.
+
+    Args:
+        keeps_cache: `use_cache` of the exported config; it is off while documents are packed.
+    """
+    model = base_model(module)
+    config = copy.deepcopy(model.config)
+    config.get_text_config().use_cache = keeps_cache
+    config.architectures = [type(model).__name__]
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        config.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if is_peft(module):
+            module.peft_config[module.active_adapter].save_pretrained(temporary / ADAPTER)
         _publish(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

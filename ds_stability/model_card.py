@@ -30,6 +30,23 @@ def model_card(metadata: Mapping[str, Any]) -> str:
     )
 
 
+def card_of(block: Mapping[str, Any], step: int, trained: int, averaged_steps: int | None) -> dict[str, Any]:
+    """What an exported model's card says of a run.
+
+    Args:
+        block: the resolved stability block. step: of the weights in the export. trained: steps of the run, more than `step` where
+            the best weights were chosen. averaged_steps: steps in the average of the weights, if that is what was exported.
+    """
+    card: dict[str, Any] = {"level": block["level"], "steps": step}
+    if step != trained:
+        card["chosen"] = f"the best of the evaluations in {trained} steps"
+    if block["controller"].get("mode") == "governor":
+        card["governor"] = {key: block["controller"][key] for key in ("statistic", "target", "actuator")}
+    if averaged_steps is not None:
+        card["ema"] = dict(block["ema"]) | {"averaged_steps": averaged_steps}
+    return card
+
+
 def plain(value: Any) -> str:
     """A value as one line of Markdown that renders as itself: no markup, HTML, links, or end of a table cell."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

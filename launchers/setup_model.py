@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_stability.data.chat_end import end_ids
 from ds_stability.data.packing import check_block_size, check_vocabulary, packing_problem
 from ds_stability.data.readers import read_documents
 from ds_stability.data.tokenizer import load_pretrained, train_bpe
@@ -61,17 +62,26 @@ def build_model(command: Command, config: Any, tokenizer: Any, args: TrainArgume
     arguments = command.model
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # transformers ignores the borders of packed documents when it keeps a cache (masking_utils.py).
-    config.get_text_config().use_cache = False
+    keeps_cache, config.get_text_config().use_cache = config.get_text_config().use_cache, False
     options = {"attn_implementation": arguments.attn_implementation, "trust_remote_code": arguments.trust_remote_code}
     if arguments.model_name_or_path is None:
         model = _fresh(arguments, config, dtype, options)
     else:
         model = load_causal_lm(arguments.model_name_or_path, f"--model_name_or_path {arguments.model_name_or_path}", config=config,
                                dtype=dtype, revision=arguments.model_revision, **options)  # fmt: skip
+    _prepare_generation(model, tokenizer, keeps_cache)
     problem = packing_problem(model)
     if problem is not None and dist.get_rank() == 0:
         print(f"note: {problem}", flush=True)
     return _add_adapter(model, arguments, args) if arguments.use_peft else model
+
+
+def _prepare_generation(model: Any, tokenizer: Any, keeps_cache: bool) -> None:
+    """What is exported generates as its users expect: with a cache, to the end of a turn. The base's other settings stay."""
+    settings = model.generation_config
+    if keeps_cache and settings.use_cache is False:  # taken over from the training's config, or from an export of one
+        settings.use_cache = True
+    settings.eos_token_id = end_ids(settings.eos_token_id, tokenizer)
 
 
 def _fresh(arguments: Any, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> torch.nn.Module:

@@ -31,12 +31,10 @@ from transformers import default_data_collator, set_seed  # noqa: E402
 
 from ds_stability import engine_of  # noqa: E402
 from ds_stability.data import load_blocks  # noqa: E402
-from ds_stability.data.frequency import FILE_NAME  # noqa: E402
 from ds_stability.data.packing import IGNORE, pad_to_multiple  # noqa: E402
 from ds_stability.errors import AlarmStoppedError, StoppedError, UserError  # noqa: E402
-from ds_stability.export import check_exportable, export_model  # noqa: E402
+from ds_stability.export import check_exportable  # noqa: E402
 from ds_stability.failures import cluster_failures, gather_hosts  # noqa: E402
-from ds_stability.gathered import base_model  # noqa: E402
 from ds_stability.integrations.logs import loggable  # noqa: E402
 from ds_stability.integrations.transformers import enable  # noqa: E402
 from ds_stability.launch_environment import complete_environment  # noqa: E402
@@ -44,6 +42,7 @@ from ds_stability.launchers.arguments import Command, TrainArguments, parse_comm
 from ds_stability.launchers.branch import BranchingTrainer, global_batches, require_trunk  # noqa: E402
 from ds_stability.launchers.checkpoints import WholeCheckpoints, checkpoint_to_load  # noqa: E402
 from ds_stability.launchers.data_order import OrderedTrainer, check_order, in_order  # noqa: E402
+from ds_stability.launchers.final_model import export_final, prepare_final  # noqa: E402
 from ds_stability.launchers.setup_model import build_model, check_pretrained, load_config, load_tokenizer  # noqa: E402
 from ds_stability.launchers.setup_run import (  # noqa: E402
     RunCallback,
@@ -157,16 +156,8 @@ def finish(trainer: StabilityTrainer, callback: RunCallback, run: RunDir, tokeni
     """Export, DONE."""
     if callback.evaluate_last and callback.evaluated_at != trainer.state.global_step:
         trainer.evaluate()  # a run that was resumed after its last step
+    export_final(trainer, run, tokenizer, callback.frequent, keeps_cache)
     engine = engine_of(trainer.model)
-    base_model(engine.module).config.get_text_config().use_cache = keeps_cache  # off while documents were packed
-    block = engine.stability.config.to_dict()
-    card = {"level": block["level"], "steps": trainer.state.global_step}
-    if engine.stability.config.governed:
-        card["governor"] = {key: block["controller"][key] for key in ("statistic", "target", "actuator")}
-    if engine.stability.ema is not None:
-        card["ema"] = block["ema"] | {"averaged_steps": engine.stability.ema.updates}
-    with engine.stability.averaged_weights():
-        export_model(engine, tokenizer, run.final, card, run.path / FILE_NAME)
     if engine.stability.recorder is not None:
         engine.stability.recorder.close()
     finish_run(run)
@@ -255,6 +246,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
     trainer.trunk = command.trunk if command.branches else None
     agree(lambda: start_run(command, run, identity, facts, frequent, args, batches))
     agree(lambda: require_visible(run))
+    agree(lambda: prepare_final(run, model, tokenizer, frequent, keeps_cache))
     checkpoint = command.resume
     if changed:
         checkpoint = os.fspath(convert_checkpoint(command))

@@ -105,3 +105,27 @@ def test_samples_are_readable(run):
     rows = [json.loads(line) for line in (run / "samples" / "step-00000006.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and {row["decoding"] for row in rows} == {"sample", "greedy"}
     assert all(isinstance(row["completion"], str) for row in rows)
+
+
+def test_export_makes_the_same_final_from_the_checkpoint(run, tmp_path):
+    """`ds-stability export`: to the byte what the run exported, and DONE; also where the run's own file is gone."""
+    import shutil
+
+    from ds_stability.cli import main
+
+    again = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(again / "final")
+    (again / "DONE").unlink()
+    assert main(["export", str(again)]) == 0 and (again / "DONE").exists()
+    files = sorted(path.name for path in (run / "final").iterdir())
+    assert sorted(path.name for path in (again / "final").iterdir()) == files
+    assert all((again / "final" / name).read_bytes() == (run / "final" / name).read_bytes() for name in files)
+    shutil.rmtree(again / "checkpoint-6")
+    (again / "DONE").unlink()
+    assert main(["export", str(again)]) == 0 and not (again / "DONE").exists()  # of step 4, which is not the last
+    assert "| steps | 4 |" in (again / "final" / "README.md").read_text()
+
+
+def test_what_is_exported_generates_with_a_cache(run):
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((run / "final" / name).read_text())["use_cache"] is True
