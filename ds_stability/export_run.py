@@ -84,7 +84,7 @@ def _checkpoint(run: RunDir, manifest: Mapping[str, Any]) -> tuple[Path, dict[st
     trained, newest = found[-1]
     state = read_json(newest / "trainer_state.json")
     chosen, step, best = newest, trained, state.get("best_global_step")
-    if manifest["config"]["training"].get("load_best_model_at_end") and best and trained >= state["max_steps"]:
+    if manifest["config"]["training"].get("load_best_model_at_end") and best in dict(found) and trained >= state["max_steps"]:
         chosen, step = run.checkpoint(best), best
     fault = hash_fault(chosen)
     if fault is not None:
