@@ -99,6 +99,9 @@ def check_pretrained(command: Command, config: Any) -> None:
     Raises:
         UserError: see weights.py.
     """
+    objective = command.stability.objective
+    if objective.name == "reverse_kl":
+        check_names(objective.reference, f"stability.objective.reference {objective.reference}")
     name = command.model.model_name_or_path
     if name is None:
         return

@@ -8,9 +8,9 @@ Flags are those of transformers.TrainingArguments, the model and data flags of l
 DeepSpeed config; the flag replaces it. --stability_target initial holds the model's diversity instead
 (docs/governor.md). On a machine without GPUs set DS_ACCELERATOR=cpu.
 
-Writes OUTPUT_DIR/{manifest.json, metrics.jsonl, tensorboard/, samples/, checkpoint-N/, high_frequency.json, final/, DONE}.
+Writes OUTPUT_DIR/{manifest.json, metrics.jsonl, tensorboard/, samples/, checkpoint-N/, high_frequency.json, description/, final/, DONE}.
 Success is the file DONE. Exit codes: 0 done, 2 a mistake in what was given (one line says which), 3 too many steps in a
-row had numbers that were not finite, 4 stopped by the alarm with a checkpoint saved, 69 another rank or host was lost,
+row had numbers that were not finite, 4 stopped by the alarm with a checkpoint saved, 70 the export failed, 69 another rank or host was lost,
 74 the file system failed, 75 stopped by SIGTERM or SIGUSR1 with a checkpoint saved. After the last three, start again with
 --resume_from_checkpoint auto.
 """

@@ -135,11 +135,17 @@ def test_torn_and_missing_files(llama, check):
     assert "cannot be loaded" in refusal(llama, check)
 
 
-def test_an_adapter_alone_is_refused_before_anything_else(tmp_path):
+def test_what_training_loads_is_checked_before_anything_else(llama, tmp_path):
+    """An adapter alone, and a reference model that lacks a weight."""
     from types import SimpleNamespace as Bag
 
-    (tmp_path / "adapter_config.json").write_text("{}")
-    shutil.copy(save(WHOLE["llama"], tmp_path / "base") / "config.json", tmp_path)
     model = Bag(model_name_or_path=str(tmp_path), model_revision="main", attn_implementation=None, trust_remote_code=False)
+    command = Bag(model=model, stability=Bag(objective=Bag(name="cross_entropy")))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    shutil.copy(llama / "config.json", tmp_path)
     with pytest.raises(UserError, match="is a PEFT adapter; merge it"):
-        check_pretrained(Bag(model=model), AutoConfig.from_pretrained(tmp_path))
+        check_pretrained(command, AutoConfig.from_pretrained(tmp_path))
+    change(llama, lambda weights: {key: value for key, value in weights.items() if key != "lm_head.weight"})
+    command.stability.objective = Bag(name="reverse_kl", reference=str(llama))
+    with pytest.raises(UserError, match="stability.objective.reference.*1 missing"):
+        check_pretrained(command, None)
