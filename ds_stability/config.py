@@ -25,7 +25,7 @@ from ds_stability.config_controller import (
 )
 from ds_stability.config_describe import STRICT, KeyInfo, Section, describe_model, translate
 from ds_stability.config_errors import InvalidValue, did_you_mean, one_line, show_value
-from ds_stability.deepspeed_config import find_auto, load_ds_config, offload_devices, unsupported_features, zero_stage
+from ds_stability.deepspeed_config import find_auto, load_ds_config, unsupported_features, zero_stage
 from ds_stability.ema_config import EmaConfig
 from ds_stability.errors import StabilityConfigError
 from ds_stability.objectives.config import PREPARED, CrossEntropy, Objectives, UnlikelihoodSequence
@@ -367,10 +367,5 @@ def unsupported(ds_config: dict[str, Any], stability: StabilityConfig | None = N
         problems.append(
             f"{BLOCK}.ema: the average of the weights works at ZeRO stages 1 to 3 and zero_optimization.stage is 0; set a stage, or "
             "leave ema out"
-        )
-    if stability.ema is not None and offload_devices(ds_config)["parameters"] == "nvme":
-        problems.append(
-            f'{BLOCK}.ema: weights on NVMe are not averaged and zero_optimization.offload_param.device is "nvme"; use "cpu" or '
-            '"none", or leave ema out'
         )
     return problems

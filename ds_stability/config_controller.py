@@ -14,6 +14,8 @@ WARMUP_PRETRAINED, WARMUP_SCRATCH = 10, 100
 #: The governor waits longer from scratch: early entropy is far above any set point, and holding it back costs cross-entropy.
 WARMUP_SCRATCH_GOVERNOR = 250
 MAX_NATS = 100.0
+#: A weight over the mean weight is at most exp(2 * 3 * gain): up to here that times a loss is a finite fp32 (and bf16) number.
+LARGEST_GAIN = 14
 TARGET_ALLOWED = 'a number (nats from 0 to ln(vocabulary) for entropy, 0 to 1 for a mass), "initial" or "data"'
 _NUMBER = re.compile(r"\s*[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,3})?\s*", re.ASCII)
 #: Keys that one mode alone reads.
@@ -48,11 +50,11 @@ class ControllerConfig(Section):
     )
     ramp_steps: Steps = Field(5, description="level: applied steps over which the gain is then faded in")
     gain_max: float = Field(
-        8.0, gt=0, le=50, description="level: largest gain of the token weights; a level that asks for more is saturated"
+        8.0, gt=0, le=LARGEST_GAIN, description="level: largest gain of the token weights; a level that asks for more is saturated"
     )
     trim_kp: float = Field(0.1, ge=0, le=10, description="level: proportional part of the trim on the ratio's error")
     trim_ki: float = Field(0.02, ge=0, le=10, description="level: integral part of the trim, per applied step")
-    trim_max: float = Field(0.5, ge=0, le=50, description="level: largest trim, in units of gain; 0 = feed-forward only")
+    trim_max: float = Field(0.5, ge=0, le=LARGEST_GAIN, description="level: largest trim, in units of gain; 0 = feed-forward only")
     statistic: Literal["entropy", "top1_mass", "high_frequency_mass"] = Field(
         "entropy", description="governor: the mean of the unweighted next-token distribution that is held"
     )
@@ -72,7 +74,7 @@ class ControllerConfig(Section):
     kp: float = Field(0.6, ge=0, le=100, description="governor: proportional gain, output per nat of entropy or per .1 of a mass")
     ki: float = Field(0.08, ge=0, le=10, description="governor: integral gain, per applied step")
     dead_band: float = Field(0.001, ge=0, lt=1, description="governor: error that is left alone, as a share of the set point")
-    slew_rate: float = Field(0.02, gt=0, le=50, description="governor: largest change of the output in one applied step")
+    slew_rate: float = Field(0.02, gt=0, le=16, description="governor: largest change of the output in one applied step")
     output_limit: float = Field(
         1.0, gt=0, le=8, description="governor: bound of |gain| or 2 |b|; a set point that asks for more is saturated"
     )

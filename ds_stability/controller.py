@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from ds_stability import histogram as hist
-from ds_stability.statistics import StepSums, surprisal_moments, variance_ratio
+from ds_stability.statistics import StepSums
 
 HISTOGRAM_DECAY = 0.75  # smooths the histogram over about 4 steps
+#: Supervised tokens that every average remembers at least: fewer have no tail, and a ratio of their variances is biased.
+WINDOW_TOKENS = 1024.0
 
 
 @dataclass
@@ -27,28 +29,37 @@ class Setting:
     entropy_bonus: float = 0.0  # b: the objective of a token becomes objective - b H; below 0 it is a penalty
 
 
+def remembered(decay: float, tokens: float) -> float:
+    """What a step of `tokens` leaves of the sums before it: `decay`, or more where that would forget too many tokens."""
+    return max(decay, 1.0 - tokens / WINDOW_TOKENS)
+
+
 @dataclass
 class SurprisalState:
-    """Smoothed moments and histogram of surprisal: what token weights are standardized and normalized with."""
+    """Sums over the tokens of past steps, decaying: what token weights are standardized and normalized with.
 
-    moment_steps: int = 0  # applied steps that had a supervised token
-    ema_surprisal: float = 0.0
-    ema_surprisal_sq: float = 0.0
+    Every token counts the same, whatever step it came in; sums are divided by their own count, so nothing is biased to 0.
+    """
+
+    tokens: float = 0.0
+    surprisal: float = 0.0  # nats
+    surprisal_sq: float = 0.0  # nats^2
     histogram: list[float] = field(default_factory=lambda: [0.0] * (3 * hist.NUM_BINS))
 
-    def observe(self, sums: StepSums, moments: tuple[float, float], keep: float) -> None:
-        """Take in an applied step with supervised tokens; `keep` is the decay of the moments."""
-        self.moment_steps += 1
-        self.ema_surprisal = keep * self.ema_surprisal + (1 - keep) * moments[0]
-        self.ema_surprisal_sq = keep * self.ema_surprisal_sq + (1 - keep) * moments[1]
-        fresh = (sums.bins / sums["tokens"]).ravel()
-        self.histogram = (HISTOGRAM_DECAY * np.array(self.histogram) + (1 - HISTOGRAM_DECAY) * fresh).tolist()
+    def observe(self, sums: StepSums, decay: float) -> None:
+        """Take in an applied step with supervised tokens; `decay` is that of the moments."""
+        count = sums["tokens"]
+        keep = remembered(decay, count)
+        self.tokens = keep * self.tokens + count
+        self.surprisal = keep * self.surprisal + sums["surprisal"]
+        self.surprisal_sq = keep * self.surprisal_sq + sums["surprisal_sq"]
+        keep = remembered(HISTOGRAM_DECAY, count)
+        self.histogram = (keep * np.array(self.histogram) + sums.bins.ravel()).tolist()
 
-    def standardization(self, keep: float) -> tuple[float, float, np.ndarray, np.ndarray]:
+    def standardization(self) -> tuple[float, float, np.ndarray, np.ndarray]:
         """(mu, sigma, points [P], masses [P]), in nats; at least one step must have been observed."""
-        correction = 1.0 - keep**self.moment_steps
-        mu = self.ema_surprisal / correction
-        sigma = math.sqrt(max(self.ema_surprisal_sq / correction - mu**2, 1e-12))
+        mu = self.surprisal / self.tokens
+        sigma = math.sqrt(max(self.surprisal_sq / self.tokens - mu**2, 1e-12))
         return mu, sigma, *hist.quadrature(np.array(self.histogram).reshape(hist.NUM_BINS, 3))
 
 
@@ -57,6 +68,7 @@ class ControllerState(SurprisalState):
     """Everything that a resumed run needs; JSON-ready."""
 
     applied_steps: int = 0
+    measured: list[float] = field(default_factory=lambda: [0.0] * 7)  # sums of the trim's window, see `_measure`
     integral: float = 0.0
     trim: float = 0.0
     saturated: bool = False
@@ -100,13 +112,13 @@ class FeedbackController:
             raise ValueError("non-finite sums must not reach the controller")
         state = self.state
         target, ramp = 1.0 - self.level, self._ramp(state.applied_steps)
-        moments = surprisal_moments(sums)
-        if moments is not None:
-            state.observe(sums, moments, self.ema_decay)
+        if sums["tokens"] > 0:
+            state.observe(sums, self.ema_decay)
             if ramp >= 1.0 and self.gains is None:
-                self._update_trim(variance_ratio(sums), target)
+                self._measure(sums, target)
+                self._update_trim(target, min(1.0, sums["tokens"] / WINDOW_TOKENS))
         state.applied_steps += 1
-        if state.moment_steps:
+        if state.tokens > 0:
             self._choose_setting()
 
     def _ramp(self, step: int) -> float:
@@ -115,28 +127,46 @@ class FeedbackController:
             step >= self.warmup_steps
         )
 
-    def _update_trim(self, ratio: float | None, target: float) -> None:
-        """PI on the ratio's error. Positive error: too much variance is left, the gain has to grow."""
-        state = self.state
+    def _measure(self, sums: StepSums, target: float) -> None:
+        """Add a step to the sums that the trim's error comes from: the last `WINDOW_TOKENS` tokens, or more in one step."""
+        state, count, scale = self.state, sums["tokens"], self.setting.mean_weight  # weights of different gains are added up
+        weighted = [sums[name] / scale for name in ("weight", "weighted_surprisal", "weighted_surprisal_sq")]
+        fresh = [count, sums["surprisal"], sums["surprisal_sq"], *weighted, count * target]
+        keep = remembered(0.0, count)
+        state.measured = [keep * old + new for old, new in zip(state.measured, fresh, strict=True)]
+
+    @property
+    def windowed_ratio(self) -> float | None:
+        """Var_w / Var over the last tokens. Of one small step the ratio comes out too high: its variance lacks the tail."""
+        n, s, ss, w, ws, wss, _ = self.state.measured
+        variance = ss / n - (s / n) ** 2 if n > 0 else 0.0
+        return max(wss / w - (ws / w) ** 2, 0.0) / variance if variance > 0.0 and w > 0.0 else None
+
+    def _update_trim(self, target: float, share: float) -> None:
+        """PI on the ratio's error. Positive error: too much variance is left, the gain has to grow.
+
+        `share`: of a window in this step; the integral moves by so much of its step.
+        """
+        state, ratio = self.state, self.windowed_ratio
         if ratio is None or target >= 1.0 or state.saturated:
             state.trim = 0.0 if target >= 1.0 else state.trim
             return
-        error = ratio - target
+        error = ratio - state.measured[-1] / state.measured[0]  # the target, too, is that of the window
         at_upper = state.setting.gain >= self.gain_max or state.trim >= self.trim_max
         at_lower = state.setting.gain <= 0.0 or state.trim <= -self.trim_max
         if not (at_upper and error > 0) and not (at_lower and error < 0):
-            state.integral = _clip(state.integral + self.trim_ki * error, self.trim_max)
+            state.integral = _clip(state.integral + self.trim_ki * share * error, self.trim_max)
         state.trim = _clip(self.trim_kp * error + state.integral, self.trim_max)
 
     def settle(self) -> None:
         """Choose the setting of the coming step from a state that was loaded and had another block."""
-        if self.state.moment_steps:
+        if self.state.tokens > 0:
             self._choose_setting()
 
     def _choose_setting(self) -> None:
         """Solve for the gain of the coming step, and predict the mean weight under it."""
         state = self.state
-        mu, sigma, points, masses = state.standardization(self.ema_decay)
+        mu, sigma, points, masses = state.standardization()
         target, ramp = 1.0 - self.level, self._ramp(state.applied_steps)
         gain, state.saturated = 0.0, False
         if self.gains is not None:

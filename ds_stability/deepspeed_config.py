@@ -241,27 +241,23 @@ def unsupported_features(ds_config: dict[str, Any]) -> list[str]:
         "torch_autocast.dtype": (
             "torch_autocast in fp16", _is_on(autocast, "enabled") and autocast.get("dtype") in FP16_NAMES),
         "hybrid_engine.enabled": ("the hybrid engine", _is_on(section(ds_config, "hybrid_engine"), "enabled")),
+        "tensor_parallel.autotp_size": (
+            "tensor parallelism (AutoTP)", section(ds_config, "tensor_parallel").get("autotp_size") not in (None, 0, 1)),
+        "expert_parallel.enabled": ("expert parallelism (AutoEP)", _is_on(section(ds_config, "expert_parallel"), "enabled")),
+        "sequence_parallel_size": ("sequence parallelism (Ulysses)", ds_config.get("sequence_parallel_size") not in (None, 1)),
+        "zero_optimization.zero_quantized_weights": ("ZeRO++ quantization of weights", _is_on(zero, "zero_quantized_weights")),
+        "zero_optimization.zero_quantized_nontrainable_weights": (
+            "ZeRO++ quantization of frozen weights", _is_on(zero, "zero_quantized_nontrainable_weights")),
+        "zero_optimization.zero_quantized_gradients": (
+            "ZeRO++ quantization of gradients", _is_on(zero, "zero_quantized_gradients")),
+        "zero_optimization.offload_param.device": (
+            "NVMe parameter offload", section(zero, "offload_param").get("device") == "nvme"),
     }  # fmt: skip
     return [
         f"{path}: {name} does not work with ds_stability yet; remove the key or use plain deepspeed.initialize"
         for path, (name, present) in found.items()
         if present
     ]
-
-
-def untested_features(ds_config: dict[str, Any]) -> list[str]:
-    """Key paths of DeepSpeed features in the config with which ds_stability has never been run."""
-    zero = section(ds_config, "zero_optimization")
-    found = {
-        "tensor_parallel": bool(ds_config.get("tensor_parallel")),
-        "expert_parallel": _is_on(section(ds_config, "expert_parallel"), "enabled"),
-        "sequence_parallel_size": ds_config.get("sequence_parallel_size", 1) != 1,
-        "zero_optimization.zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) != 1,
-        "zero_optimization.zero_quantized_weights": _is_on(zero, "zero_quantized_weights"),
-        "zero_optimization.zero_quantized_gradients": _is_on(zero, "zero_quantized_gradients"),
-        "zero_optimization.offload_param.device": section(zero, "offload_param").get("device") == "nvme",
-    }
-    return [path for path, present in found.items() if present]
 
 
 def uses_deepspeed_cpu_adam(ds_config: dict[str, Any]) -> bool:

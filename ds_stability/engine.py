@@ -17,6 +17,7 @@ from ds_stability.config import StabilityConfig, split_config, unsupported
 from ds_stability.deepspeed_config import find_auto, load_ds_config
 from ds_stability.errors import StabilityConfigError
 from ds_stability.loss_kernel import require_kernel
+from ds_stability.parallelism import require_data_parallelism
 from ds_stability.precision_support import require_precision
 from ds_stability.shared_memory import forget_buffers
 from ds_stability.stability import Stability
@@ -89,6 +90,7 @@ def attach(engine: deepspeed.DeepSpeedEngine, config: StabilityConfig) -> deepsp
     """
     if isinstance(engine, StabilityMixin):
         raise StabilityConfigError("this engine already has a stability block attached; attach it once")
+    require_data_parallelism(engine)
     stability = Stability(engine, config)
     forget_buffers()  # it has compared the ranks' blocks, so all of them are there
     object.__setattr__(engine, "stability", stability)  # not through nn.Module, which would look for submodules

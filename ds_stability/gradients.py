@@ -82,12 +82,15 @@ class ReducedGradients:
         if threshold is None:
             yield
             return
-        static = self.optimizer.clip_grad
-        self.optimizer.clip_grad = min(static, threshold) if static > 0.0 else threshold
+        # At stage 0 in fp32 the engine clips, by its config.
+        plain = isinstance(self.optimizer, torch.optim.Optimizer)
+        holder, name = (self.engine._config, "gradient_clipping") if plain else (self.optimizer, "clip_grad")
+        static = getattr(holder, name)
+        setattr(holder, name, min(static, threshold) if static > 0.0 else threshold)
         try:
             yield
         finally:
-            self.optimizer.clip_grad = static
+            setattr(holder, name, static)
 
     @contextmanager
     def skipped(self) -> Iterator[None]:
@@ -244,8 +247,6 @@ def reduced_gradients(engine, exact: bool = True) -> ReducedGradients:
         StabilityConfigError: the engine's optimizer is of a kind that has not been shown to work.
     """
     optimizer = engine.optimizer
-    if engine.pipeline_parallelism:
-        raise StabilityConfigError("pipeline parallelism does not work with ds_stability yet; pass a plain module")
     if "muon" in type(engine.basic_optimizer).__name__.lower():
         raise StabilityConfigError("the Muon optimizer does not work with ds_stability yet; use AdamW")
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:

@@ -21,7 +21,6 @@ from ds_stability.deepspeed_config import (
     precision,
     section,
     unknown_keys,
-    untested_features,
     uses_deepspeed_cpu_adam,
     zero_stage,
 )
@@ -176,7 +175,6 @@ def _deepspeed_warnings(config: dict[str, Any], auto: list[str]) -> list[str]:
     warnings += [f"{key}: removed from DeepSpeed, which refuses the key" for key in config if key in REMOVED_KEYS]
     warnings += [f'{path}: "auto" is not filled in by anyone; Accelerate will refuse it'
                  for path in auto if path not in AUTO_KEYS]  # fmt: skip
-    warnings += [f"{path}: ds_stability has never been run with this feature" for path in untested_features(config)]
     warnings += _precision_warnings(config)
     if uses_deepspeed_cpu_adam(config):
         warnings.append(

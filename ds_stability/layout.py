@@ -1,6 +1,6 @@
 """Where the elements of each parameter lie in a rank's flat fp32 partitions, and how slices of two layouts overlap.
 
-ZeRO-3 cuts every parameter into as many equal slices as there are ranks, the last one padded, and lays this rank's slices
+ZeRO-3 cuts every parameter into as many equal slices as there are ranks in the parameter's group, the last one padded, and lays this rank's slices
 one behind the other (runtime/zero/partition_parameters.py, `_partition_param`). Stages 1 and 2 lay whole parameters one
 behind the other and cut that line (runtime/zero/stage_1_and_2.py; runtime/bf16_optimizer.py). In both, a partition is a
 list of pieces: a stretch of a parameter at an offset, named so that another number of ranks, or stage, can find it again.
@@ -15,6 +15,8 @@ from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from ds_stability.errors import StabilityConfigError
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ def sliced_pieces(totals: Mapping[str, int], rank: int, ranks: int) -> list[Piec
     pieces, offset = [], 0
     for name, total in totals.items():
         width = -(-total // ranks)
-        start = min(rank * width, total)
-        pieces.append(Piece(name, start, offset, min(width, total - start), total))
+        pieces.append(_slice(name, total, rank * width, offset, width))
         offset += width
     return [piece for piece in pieces if piece.numel > 0]
+
+
+def _slice(name: str, total: int, start: int, offset: int, width: int) -> Piece:
+    """The piece of a slice of `width` elements that begins at `start`; what lies past the parameter's end is padding."""
+    start = min(start, total)
+    return Piece(name, start, offset, min(width, total - start), total)
 
 
 def ranged_pieces(places: Mapping[str, tuple[int, int]], start: int, size: int) -> list[Piece]:
@@ -59,9 +66,14 @@ def overlap(piece: Piece, start: int, numel: int) -> tuple[int, int] | None:
 
 
 def partition_layout(optimizer) -> list[list[Piece]]:
-    """The pieces of this rank's partitions, in the order of `ReducedGradients.partitions()`; none at stage 0."""
+    """The pieces of this rank's partitions, in the order of `ReducedGradients.partitions()`; none at stage 0.
+
+    Raises:
+        StabilityConfigError: DeepSpeed has cut a parameter in another way than this module knows.
+    """
     if type(optimizer) is DeepSpeedZeroOptimizer_Stage3:
-        return [_slices_of_group(optimizer, group) for group in optimizer.fp16_groups]
+        partitions = optimizer.fp32_partitioned_groups_flat
+        return [_slices_of_group(optimizer.param_names, *pair) for pair in zip(optimizer.fp16_groups, partitions, strict=True)]
     if type(optimizer) is DeepSpeedZeroOptimizer:
         lines = []
         for group, meta, offsets in zip(optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_meta,
@@ -84,10 +96,25 @@ def clear_padding(partitions: Iterable[torch.Tensor], layout: list[list[Piece]])
             partition.data[end:start].zero_()
 
 
-def _slices_of_group(optimizer, group) -> list[Piece]:
-    ranks = dist.get_world_size(group=optimizer.dp_process_group)
-    totals = {optimizer.param_names[parameter]: parameter.ds_numel for parameter in group}
-    return sliced_pieces(totals, dist.get_rank(group=optimizer.dp_process_group), ranks)
+def _slices_of_group(names: Mapping[torch.nn.Parameter, str], group, partition: torch.Tensor) -> list[Piece]:
+    """Each parameter is cut over a group of its own: that of an expert is smaller than the optimizer's."""
+    pieces, offset = [], 0
+    for parameter in group:
+        ranks, rank = dist.get_world_size(group=parameter.ds_process_group), dist.get_rank(group=parameter.ds_process_group)
+        width = parameter.partition_numel()
+        if width != -(-parameter.ds_numel // ranks):
+            raise StabilityConfigError(
+                f"{names[parameter]} has {parameter.ds_numel} elements and DeepSpeed holds {width} of them on each of {ranks} ranks, "
+                "which ds_stability does not understand; use plain deepspeed.initialize"
+            )
+        pieces.append(_slice(names[parameter], parameter.ds_numel, rank * width, offset, width))
+        offset += width
+    if offset != partition.numel():
+        raise StabilityConfigError(
+            f"the slices of {names[group[0]]} and its neighbors have {offset} elements and their partition {partition.numel()}, which "
+            "ds_stability does not understand; use plain deepspeed.initialize"
+        )
+    return [piece for piece in pieces if piece.numel > 0]
 
 
 def _one_behind_the_other(names: Mapping[torch.nn.Parameter, str], group) -> dict[str, tuple[int, int]]:

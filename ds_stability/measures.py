@@ -54,9 +54,9 @@ class StabilityMeasures:
             self.log_grad_norm.push(0.5 * math.log(sums["grad_sq"]))
         terms = noise_scale_terms(sums)
         if terms is not None:
-            keep = NOISE_SCALE_DECAY
-            self.noise_trace = keep * self.noise_trace + (1 - keep) * terms[0]
-            self.noise_gradient_sq = keep * self.noise_gradient_sq + (1 - keep) * terms[1]
+            keep, tokens = NOISE_SCALE_DECAY, sums["tokens"]  # a step counts by its tokens, which their ratio forgets
+            self.noise_trace = keep * self.noise_trace + tokens * terms[0]
+            self.noise_gradient_sq = keep * self.noise_gradient_sq + tokens * terms[1]
 
     @property
     def noise_scale(self) -> float | None:

@@ -18,8 +18,8 @@ class MicroGradientMeter:
     weighted mean is |G|^2 + tr(Sigma) * micro-batches / tokens.
     """
 
-    def __init__(self, module: torch.nn.Module, device: torch.device, world_size: int):
-        self.device, self.world_size = device, world_size
+    def __init__(self, module: torch.nn.Module, device: torch.device, divisor: int):
+        self.device, self.divisor = device, divisor  # ranks over which gradients are averaged; 1 where they are added up
         self.squares: list[torch.Tensor] = []
         self.scale = self.tokens = None
         self.parameters = [p for p in module.parameters() if p.requires_grad]
@@ -54,5 +54,5 @@ class MicroGradientMeter:
             squared = total(self.squares).to(self.device)
             some = self.scale > 0  # a micro-batch without supervised tokens has no gradient of its own
             micro = torch.where(some, self.tokens.to(self.device) * squared / self.scale.square(), 0.0)
-            self.sums += torch.stack([micro, some.double(), self.scale / self.world_size])
+            self.sums += torch.stack([micro, some.double(), self.scale / self.divisor])
         self.squares, self.scale = [], None

@@ -2,7 +2,7 @@
 
 from ds_stability.errors import StabilityConfigError
 
-STATE_VERSION = 1  # of the state that `Stability.state_dict` gives
+STATE_VERSION = 2  # of the state that `Stability.state_dict` gives
 #: Keys that blocks did not always have, with what an absent one means.
 LATER = {"ema": None, "loss_kernel": "torch"}
 
@@ -21,7 +21,10 @@ def without_absent(block: dict) -> dict:
 def require_version(state: dict) -> None:
     """Raises StabilityConfigError for a state of another version of the format."""
     if state["version"] != STATE_VERSION:
-        raise StabilityConfigError(f"stability state has version {state['version']}; this release reads {STATE_VERSION}")
+        raise StabilityConfigError(
+            f"the checkpoint's stability state has version {state['version']} and this release reads {STATE_VERSION} (since 2, averages of "
+            "surprisal weigh tokens, not steps); go on with the release that wrote it, or start a new run from its weights"
+        )
 
 
 def require_same_block(old: dict, new: dict) -> None:

@@ -30,6 +30,7 @@ from ds_stability.objectives.build import Preparation, refuse_unprepared, token_
 from ds_stability.optimizer_hooks import OptimizerHooks, UpdateMeter
 from ds_stability.same_block import STATE_VERSION, require_same_block, require_version, training_part
 from ds_stability.stabilizers.build import NAMES, build_stabilizers
+from ds_stability.stabilizers.clipping import bounded_threshold, clip_metrics
 from ds_stability.stabilizers.governance import check_target
 from ds_stability.statistics import (
     STEP_FIELDS,
@@ -38,6 +39,7 @@ from ds_stability.statistics import (
     as_metrics,
     gradient_metrics,
     non_finite_fields,
+    realized_weight,
     token_metrics,
 )
 from ds_stability.token_sums import mask_of
@@ -94,7 +96,7 @@ class Stability:
         self._load_high_frequency(model)
         self.noise = None
         if self.config.statistics.gradient_noise_scale and self.loss is not None:
-            self.noise = MicroGradientMeter(engine.module, self.device, engine.seq_dp_world_size)
+            self.noise = MicroGradientMeter(engine.module, self.device, engine.seq_dp_world_size if engine.gradient_average else 1)
             self.loss.parts.append(lambda noise=self.noise: noise.listen(False))
         self.applied_steps = self.skipped_steps = self.skipped_in_a_row = 0
         self.metrics, self.effect = {}, Effect(self.config)
@@ -221,9 +223,10 @@ class Stability:
             self.ema.begin(self.applied_steps)
         self.learning_rate = self.engine.get_lr()[0]
         self.loss_scale = self.gradients.loss_scale
-        threshold = self.clipping.threshold if self.clipping is not None else None
+        self.realized = realized_weight(sums, self.loss.setting.mean_weight) if self.loss is not None else None
+        self.threshold, self.overweight = bounded_threshold(self.clipping and self.clipping.threshold, self.realized, sums)
         with ExitStack() as stack:
-            stack.enter_context(self.gradients.clipped_at(threshold))
+            stack.enter_context(self.gradients.clipped_at(self.threshold))
             stack.enter_context(self.gradients.norm_known(sums["grad_sq"]))
             if not sums.finite:
                 stack.enter_context(self.gradients.skipped())
@@ -283,10 +286,9 @@ class Stability:
         metrics = token_metrics(sums, self.loss is not None and self.loss.high_frequency_V is not None) | gradient_metrics(sums)
         if not self.measured:
             metrics["stability/tokens"] = None  # 0 would say that every label was masked
-        clips = [clip for clip in (self.engine.gradient_clipping(), self.clipping and self.clipping.threshold) if clip]
-        norm = metrics["grad_norm"]
-        metrics["stability/grad_norm_clipped"] = min([norm, *clips])
-        metrics["stability/clipped"] = int(bool(clips) and norm > min(clips))
+        metrics["stability/realized_weight"] = self.realized
+        metrics["loss"] = metrics["loss"] and metrics["loss"] / self.overweight
+        metrics |= clip_metrics(metrics["grad_norm"], self.engine.gradient_clipping(), self.threshold)
         metrics["stability/loss_scale"] = self.loss_scale
         metrics["learning_rate"] = float(self.learning_rate)
         metrics["step_seconds"] = elapsed

@@ -63,11 +63,9 @@ class StepSums:
         return self[name] / self["tokens"] if self["tokens"] > 0 else None
 
 
-def surprisal_moments(sums: StepSums) -> tuple[float, float] | None:
-    """(E[s], E[s^2]) in nats and nats^2, or None when no token was supervised."""
-    if sums["tokens"] <= 0:
-        return None
-    return sums["surprisal"] / sums["tokens"], sums["surprisal_sq"] / sums["tokens"]
+def realized_weight(sums: StepSums, mean_weight: float) -> float | None:
+    """Mean token weight of the step over the one that was predicted for it, by which the loss was divided; None without tokens."""
+    return sums["weight"] / sums["tokens"] / mean_weight if sums["tokens"] > 0 else None
 
 
 def variance_ratio(sums: StepSums) -> float | None:

@@ -46,7 +46,7 @@ class Focal(Section):
 class Tofu(Section):
     name: Literal["tofu"]
     gamma: _Gamma = Field(3.0, description="exponent of the focal factor, which carries no gradient")
-    beta: float = Field(0.8, gt=0, le=10, description="temperature of the log-probability that carries the gradient")
+    beta: float = Field(0.8, ge=0.01, le=10, description="temperature of the log-probability that carries the gradient")
 
 
 class EntropyRegularized(Section):
@@ -56,7 +56,7 @@ class EntropyRegularized(Section):
 
 class Gem(Section):
     name: Literal["gem"]
-    beta: float = Field(0.7, gt=0, le=10, description="temperature of the auxiliary distribution q")
+    beta: float = Field(0.7, ge=0.01, le=10, description="temperature of the auxiliary distribution q")
     h: Literal["linear", "logsigmoid"] = Field("linear", description="the function h, which weighs the differences")
 
 

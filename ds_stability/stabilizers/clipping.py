@@ -8,12 +8,38 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from ds_stability.statistics import StepSums
+
 MAX_LOG_THRESHOLD = 80.0  # below the largest fp32 number, 88.7
+#: What the loss of a step may be multiplied by: its gradient is scaled back where the weights are on average above that.
+MAX_REALIZED_WEIGHT = 2.0
 
 
 def threshold_deviations(level: float) -> float:
     """k(L) = 4 (1 - L) / L - 4 L: infinite at 0, 0 near L = .62, -4 at 1 (design section 3)."""
     return math.inf if level <= 0.0 else 4.0 * (1.0 - level) / level - 4.0 * level
+
+
+def bounded_threshold(threshold: float | None, realized: float | None, sums: StepSums) -> tuple[float | None, float]:
+    """(norm to clip this step at or None, by how much its weights exceed `MAX_REALIZED_WEIGHT`; 1 where they do not).
+
+    Weights that the last steps did not foretell (the model, or the gain, moved by more than they spread) would scale the whole
+    step. Clipping takes that back: it needs no pass over the gradients and is the same on every rank.
+
+    Args:
+        threshold: of the adaptive clipping, or None. realized: `realized_weight` of the step, or None.
+    """
+    overweight = max(1.0, (realized or 0.0) / MAX_REALIZED_WEIGHT)
+    if overweight == 1.0:
+        return threshold, overweight
+    bound = math.sqrt(sums["grad_sq"]) / overweight
+    return bound if threshold is None else min(threshold, bound), overweight
+
+
+def clip_metrics(norm: float, *bounds: float | None) -> dict[str, float]:
+    """What clipping does to a gradient of `norm`; a bound of 0 or None is none."""
+    bound = min((bound for bound in bounds if bound), default=math.inf)
+    return {"stability/grad_norm_clipped": min(norm, bound), "stability/clipped": int(norm > bound)}
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import math
 
+from ds_stability.config_controller import LARGEST_GAIN
 from ds_stability.controller import FeedbackController
 from ds_stability.errors import StabilityConfigError
 from ds_stability.safe_read import MAX_JSON_BYTES, parse_json, read_text
@@ -31,9 +32,10 @@ class Feedback:
         return {
             "stability/level": self.controller.level,
             "stability/target_ratio": 1.0 - self.controller.level,
+            "stability/windowed_variance_ratio": self.controller.windowed_ratio,
             "stability/gain": setting.gain,
-            "stability/mu": setting.mu if state.moment_steps else None,
-            "stability/sigma": setting.sigma if state.moment_steps else None,
+            "stability/mu": setting.mu if state.tokens > 0 else None,
+            "stability/sigma": setting.sigma if state.tokens > 0 else None,
             "stability/mean_weight": setting.mean_weight,
             "stability/trim": state.trim,
             "stability/saturated": int(state.saturated),
@@ -60,6 +62,8 @@ def read_gains(path: str) -> tuple[float, ...]:
         raise StabilityConfigError(f"{key}: {error.strerror or error}; give the metrics.jsonl of a finished run") from None
     except (ValueError, TypeError, AttributeError, OverflowError):
         raise StabilityConfigError(f"{key}: is no metrics.jsonl (one JSON object a line); give that of a finished run") from None
+    if any(gain > LARGEST_GAIN for gain in gains):
+        raise StabilityConfigError(f"{key}: holds a gain of {max(gains):g}; {LARGEST_GAIN:g} is the largest whose weights stay finite")
     if not gains or not all(math.isfinite(gain) and gain >= 0 for gain in gains):
         raise StabilityConfigError(f"{key}: holds no gains; give the metrics.jsonl of a run with feedback")
     return gains

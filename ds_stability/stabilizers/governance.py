@@ -11,10 +11,10 @@ from dataclasses import asdict
 
 from ds_stability import histogram as hist
 from ds_stability.config_controller import ControllerConfig
-from ds_stability.controller import Setting, SurprisalState
+from ds_stability.controller import Setting, SurprisalState, remembered
 from ds_stability.errors import StabilityConfigError
 from ds_stability.governor import SATURATED_STEPS, Governor
-from ds_stability.statistics import StepSums, surprisal_moments
+from ds_stability.statistics import StepSums
 
 #: Entropy bonus of an output of 1. Within the same steps, a bonus of .5 moved a small model about as far as a gain of -1.
 BONUS = 0.5
@@ -34,6 +34,7 @@ class Governance:
         self.governor.state.waiting = control.start == "alarm"
         self.surprisal, self.setting = SurprisalState(), Setting()
         self.warned, self.warning = False, None
+        self.measured = [0.0] * 3  # sums over the last tokens of the training steps: count, statistic, surprisal
         self.held_out: str | None = None  # fingerprint of the sequences that the probe reads
 
     def prepare(self, step, loss):
@@ -97,11 +98,14 @@ class Governance:
     def update(self, sums: StepSums) -> None:
         if not sums.finite:
             raise ValueError("non-finite sums must not reach the governor")
-        moments = surprisal_moments(sums)
-        if moments is not None:
-            self.surprisal.observe(sums, moments, self.ema_decay)
+        count = sums["tokens"]
+        if count > 0:
+            self.surprisal.observe(sums, self.ema_decay)
             if self.control.probe_interval == 0:
-                self.governor.measure(sums.per_token(self.control.statistic), self._target(moments[0]))
+                fresh, keep = [count, sums[self.control.statistic], sums["surprisal"]], remembered(0.0, count)
+                self.measured = [keep * old + new for old, new in zip(self.measured, fresh, strict=True)]
+                tokens, statistic, surprisal = self.measured
+                self.governor.measure(statistic / tokens, self._target(surprisal / tokens))
         self.governor.advance()
         self._choose_setting()
         self._tell_saturation()
@@ -114,9 +118,9 @@ class Governance:
         self.setting, output = Setting(), self.governor.state.output
         if self.control.actuator == "entropy_bonus":
             self.setting.entropy_bonus = BONUS * output
-        if self.surprisal.moment_steps == 0:
+        if self.surprisal.tokens == 0:
             return
-        mu, sigma, points, masses = self.surprisal.standardization(self.ema_decay)
+        mu, sigma, points, masses = self.surprisal.standardization()
         self.setting.mu, self.setting.sigma = mu, sigma
         if self.control.actuator == "token_weight" and output != 0.0:
             self.setting.gain = -output
@@ -135,7 +139,7 @@ class Governance:
 
     def metrics(self):
         governor, setting = self.governor, self.setting
-        state, observed = governor.state, self.surprisal.moment_steps > 0
+        state, observed = governor.state, self.surprisal.tokens > 0
         return {
             "stability/governor_statistic": state.value,
             "stability/governor_target": state.target,
@@ -153,12 +157,12 @@ class Governance:
 
     def state_dict(self):
         return {"governor": self.governor.state_dict(), "surprisal": asdict(self.surprisal), "setting": asdict(self.setting),
-                "warned": self.warned, "held_out": self.held_out}  # fmt: skip
+                "measured": self.measured, "warned": self.warned, "held_out": self.held_out}  # fmt: skip
 
     def load_state_dict(self, state):
         self.governor.load_state_dict(state["governor"])
         self.surprisal, self.setting = SurprisalState(**state["surprisal"]), Setting(**state["setting"])
-        self.warned = state["warned"]
+        self.warned, self.measured = state["warned"], state["measured"]
         given, self.held_out = self.held_out, state.get("held_out")  # older checkpoints have none
         if given is not None:  # before the checkpoint was loaded
             self.take_held_out(given)

@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+import torch
 
 STAGE0 = {"zero_optimization": {"stage": 0}}
 STAGE2 = {"zero_optimization": {"stage": 2}}
@@ -20,12 +21,19 @@ REFUSED = {
     ),
     "auto": ({"ds": {"train_batch_size": "auto"}, "stability": {"level": 0.5}}, ["train_batch_size", "auto"]),
     "near_miss": ({"ds": {"stabilty": {"level": 0.5}}}, ["stabilty", "stability"]),
+    "expert_layers": ({"arch": "moe", "ds": STAGE2, "stability": {"level": 0.0}}, ["expert layers", "deepspeed.initialize"]),
     "no_norm": ({"clip": 0.0, "ds": {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}}, ["compute_grad_norm"]),
 }
+STAGES = {"0": STAGE0, "2": STAGE2, "3": {}, "1_bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True},
+          "data_types": {"grad_accum_dtype": "fp32"}}}  # fmt: skip
+WEIGHED = [{"name": f"weights_{stage}_{by}", "ds": ds, "steps": 3 if by else 2, "optimizer": "sgd", "clip": 0.0, "lr": 1e-2,
+            "shrink": by and {"step": 2, "by": by}, "stability": {"level": 0.5, "controller": {"warmup_steps": 1, "ramp_steps": 0}}}
+           for stage, ds in STAGES.items() for by in (0, 1, 10, 200)]  # fmt: skip
 RUNS = [{"name": name, "steps": 2, **case} for name, (case, _) in REFUSED.items()] + [
     {"name": "by_config", "steps": 2, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}}},
     {"name": "by_args", "steps": 2, "via_args": "deepspeed_config", "stability": {"level": 0.5, "controller": {"warmup_steps": 1}}},
     {"name": "triton", "steps": 2, "stability": {"level": 0.5, "controller": {"warmup_steps": 1}, "loss_kernel": "triton"}},
+    *WEIGHED,
     {"name": "own_loss", "steps": 2, "arch": "own_loss", "ds": STAGE2, "stability": {"level": 0.0}},
 ]
 CONTROLLED = {"level": 0.5, "controller": {"warmup_steps": 1, "ramp_steps": 0}}
@@ -95,6 +103,20 @@ def test_a_direct_backward_gives_the_gradient_that_it_gives_without_us(results, 
 def test_a_model_with_a_loss_of_its_own_is_observed_at_level_0(results):
     row = results["own_loss"]["metrics"][-1]
     assert row["grad_norm"] > 0 and row["cross_entropy"] is None and row["stability/tokens"] is None
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_whose_weights_were_not_foretold_is_scaled_back(results, stage):
+    """The loss is divided by a predicted mean weight; where the weights are k times that, so was the whole step."""
+    before, foretold, strange, stranger = (results[f"weights_{stage}_{by}"] for by in (0, 1, 10, 200))
+    realized = [result["metrics"][-1]["stability/realized_weight"] for result in (foretold, strange, stranger)]
+    assert 0.5 < realized[0] < 2 and realized[1] == pytest.approx(10 * realized[0]) and realized[2] == pytest.approx(200 * realized[0])
+    scale, rel = 2.0 / realized[0], 0.02 if "bf16" in stage else 1e-3
+    for result in (strange, stranger):
+        assert result["metrics"][-1]["loss"] == pytest.approx(scale * foretold["metrics"][-1]["loss"], rel=rel)
+        updates = [torch.cat([(end["weights"][name] - start).flatten() for name, start in before["weights"].items()])
+                   for end in (foretold, result)]  # fmt: skip
+        assert (updates[1] - scale * updates[0]).norm() < rel * updates[1].norm()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

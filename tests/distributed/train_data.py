@@ -24,6 +24,7 @@ DEFAULTS = {
     # {"step": s, "rank": r, "value": "nan"}: rank r's embedding output becomes NaN in step s; with "micro" in that micro-batch
     # only, with "at" "logits" those are multiplied, with "at" "loss" the loss.
     "poison": None,
+    "shrink": None,  # {"step": s, "by": k}: the mean weight predicted for that step is k times too small
     "hear_seconds": 1.0,  # collective.HEAR_SECONDS
     "masked": None,  # {"step": s, "micro": m, "rank": r}: every label of that micro-batch is -100
     "history": False,  # keep the stability state after every step
@@ -44,6 +45,15 @@ DEFAULTS = {
     "died": False,  # another engine of the same model died in the middle of a backward
     "sparse": False,  # sparse gradients of the embedding
 }
+
+
+def with_expert_layers(model):
+    """Each MLP of a LLaMA becomes DeepSpeed's mixture of four of it, two on each of two ranks."""
+    from deepspeed.moe.layer import MoE
+
+    for layer in model.model.layers:
+        layer.mlp = MoE(hidden_size=32, expert=layer.mlp, num_experts=4, ep_size=2)
+    return model
 
 
 class OwnLossModel(torch.nn.Module):
@@ -74,9 +84,10 @@ def make_model(run):
     if run["arch"] == "gpt2":
         return GPT2LMHeadModel(GPT2Config(vocab_size=run["vocab"], n_positions=64, n_embd=32, n_layer=2, n_head=2,
                                           resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(vocab_size=run["vocab"], hidden_size=32, intermediate_size=56,
-                                        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                                        max_position_embeddings=64))  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=run["vocab"], hidden_size=32, intermediate_size=56,
+                                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                                         max_position_embeddings=64))  # fmt: skip
+    return with_expert_layers(model) if run["arch"] == "moe" else model
 
 
 def global_batches(run, step, rows):

@@ -7,6 +7,7 @@ Rank 0 writes OUT_DIR/NAME.pt (weights, losses, metrics, state, collectives) and
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,9 @@ def train_step(engine, run, step, rank, world, syncs):
     """Losses of the micro-batches; `syncs` gets how often the host would have waited, before the step and in it."""
     total = num_items(run, step, world) if run["num_items"] else None
     losses = []
+    if run["shrink"] and run["shrink"]["step"] == step:
+        setting = engine.stability.loss.setting
+        engine.stability.loss.setting = replace(setting, mean_weight=setting.mean_weight / run["shrink"]["by"])
     for micro, (ids, labels) in enumerate(micro_batches(run, step, rank, world)):
         hook = poison_hook(engine, run, step, micro, rank)
         if run["stray"]:

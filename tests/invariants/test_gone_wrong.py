@@ -115,7 +115,7 @@ def test_a_step_without_any_token_changes_nothing_but_the_count(whole_steps, nam
     before, after = (result["history"][step]["stabilizers"]["feedback"] for step in (BAD - 1, BAD))
     assert result["metrics"][BAD]["stability/tokens"] == 0 and result["metrics"][BAD]["cross_entropy"] is None
     assert not any(result["decisions"][0]) and after["applied_steps"] == before["applied_steps"] + 1
-    kept = ("moment_steps", "ema_surprisal", "ema_surprisal_sq", "histogram", "integral", "trim")
+    kept = ("tokens", "surprisal", "surprisal_sq", "histogram", "measured", "integral", "trim")
     assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
     assert all_finite(result["history"]) and result["decisions"][0] == result["decisions"][1]
 

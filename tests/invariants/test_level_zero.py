@@ -26,6 +26,16 @@ CASES = {
     "stage1_bf16_fp32_accumulation": {
         "ds": {"zero_optimization": {"stage": 1}, **BF16, "data_types": {"grad_accum_dtype": "fp32"}}
     },
+    "hpz": {"ds": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}},
+    "leaf_module": {"ds": {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["LlamaMLP"]}}}},
+    "sub_groups": {"ds": {"zero_optimization": {"stage": 3, "sub_group_size": 2000}}},
+    "no_reduce_scatter": {"ds": {"zero_optimization": {"stage": 3, "reduce_scatter": False}}},
+    "round_robin": {"ds": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}},
+    "sum_of_gradients": {"ds": {"zero_optimization": {"stage": 2}, "gradient_allreduce_op": "sum"}},
+    "communication_bf16": {"ds": {"communication_data_type": "bf16"}},
+    "own_accumulation": {"ds": {"managed_gradient_accumulation": False}},
+    "masters_bf16": {"ds": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}},
+    "autocast_bf16": {"ds": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}},
     "stage0": {"ds": {"zero_optimization": {"stage": 0}}},
     "stage0_sparse": {"ds": {"zero_optimization": {"stage": 0}}, "sparse": True, "clip": 0.0, "optimizer": "sgd"},
     "stage0_bf16": {"ds": {"zero_optimization": {"stage": 0}, **BF16}},
@@ -112,3 +122,10 @@ def test_the_list_of_differences_is_whole_and_true(results, title):
     listed = text.partition("### Where level 0 differs from plain DeepSpeed")[2].partition("\n### ")[0]
     assert re.findall(r"^- \*\*(.*?)\*\*", listed, re.MULTILINE) == list(DIFFERENCES)
     DIFFERENCES[title](results)
+
+
+def test_the_noise_scale_does_not_ask_how_gradients_are_reduced(results):
+    """Added up over ranks instead of averaged, the reduced gradient is as many times larger; it came out negative."""
+    rows = [results[f"{name}_ours"]["metrics"][0] for name in ("sum_of_gradients", "round_robin")]
+    assert rows[0]["grad_norm"] == pytest.approx(2 * rows[1]["grad_norm"], rel=1e-4)
+    assert rows[0]["stability/gradient_noise_scale"] == pytest.approx(rows[1]["stability/gradient_noise_scale"], rel=1e-3)

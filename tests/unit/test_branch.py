@@ -227,7 +227,7 @@ def state_of(block):
     """The state of a run under `block` after 40 applied steps; of the stabilizers, what tells them apart from fresh ones."""
     config, parts = parts_of(block)
     states = {name: part.state_dict() for name, part in parts.items()}
-    moments = {"moment_steps": 40, "ema_surprisal": 3.0, "ema_surprisal_sq": 11.0, "histogram": [0.1, 0.3, 0.95] + [0.0] * 189}
+    moments = {"tokens": 1000.0, "surprisal": 3000.0, "surprisal_sq": 11000.0, "histogram": [0.1, 0.3, 0.95] + [0.0] * 189}
     if "feedback" in states:
         states["feedback"] |= moments | {"applied_steps": 40, "trim": 0.2, "integral": 0.1}
     if "governance" in states:
@@ -238,7 +238,7 @@ def state_of(block):
     if "averaging" in states:
         states["averaging"] = {"weight": 0.9}
     return json.loads(json.dumps({
-        "version": 1, "config": config, "applied_steps": 40, "skipped_steps": 1, "skipped_in_a_row": 0, "stabilizers": states,
+        "version": 2, "config": config, "applied_steps": 40, "skipped_steps": 1, "skipped_in_a_row": 0, "stabilizers": states,
         "measures": {"some": 1}, "update_meter": [1.0, 2.0], "alarm": {"watch": 1}, "ema": {"updates": 40} if config["ema"] else None}))  # fmt: skip
 
 
@@ -263,7 +263,7 @@ def test_a_branch_that_changes_nothing_takes_over_everything(block):
 def test_another_level_keeps_what_was_measured_and_acts_at_once():
     state, result, parts = taken(FULL, {**FULL, "level": 0.25})
     before, after = state["stabilizers"]["feedback"], result.state["stabilizers"]["feedback"]
-    assert after["ema_surprisal"] == before["ema_surprisal"] and after["histogram"] == before["histogram"] and after["applied_steps"] == 40
+    assert after["surprisal"] == before["surprisal"] and after["histogram"] == before["histogram"] and after["applied_steps"] == 40
     assert (after["trim"], after["integral"]) == (0.0, 0.0) and result.settle == ["feedback"]
     assert result.state["stabilizers"]["clipping"] == state["stabilizers"]["clipping"]
     assert result.anew == ["the trim of the feedback loop"] and result.tensors == {"mean", "initial", "average"}
@@ -291,7 +291,7 @@ def test_a_level_that_ends_leaves_a_gain_of_0():
 def test_a_governor_begins_with_the_moments_of_the_trunk_and_an_output_of_0():
     state, result, parts = taken(FULL, GOVERNOR)
     governance = parts["governance"]
-    assert governance.surprisal.ema_surprisal == 3.0 and governance.governor.state.output == 0.0
+    assert governance.surprisal.surprisal == 3000.0 and governance.governor.state.output == 0.0
     assert governance.governor.state.applied_steps == 40 and governance.governor.state.initial is None
     assert governance.setting.mu > 0 and governance.setting.gain == 0.0 and result.anew == ["the governor"]
 
@@ -300,13 +300,13 @@ def test_another_target_begins_the_governor_anew_and_a_level_takes_its_moments()
     other = {"controller": GOVERNOR["controller"] | {"target": 2.5}}
     assert taken(GOVERNOR, other)[2]["governance"].governor.state.engaged_step is None
     _, result, parts = taken(GOVERNOR, {"level": 0.5})
-    assert parts["feedback"].controller.state.ema_surprisal == 3.0 and parts["feedback"].controller.setting.gain > 0
+    assert parts["feedback"].controller.state.surprisal == 3000.0 and parts["feedback"].controller.setting.gain > 0
     assert result.state["stabilizers"].keys() == {"feedback"}
 
 
 def test_moments_that_were_smoothed_otherwise_begin_anew():
     _, result, parts = taken(FULL, {**FULL, "statistics": {"ema_decay": 0.5}})
-    assert parts["feedback"].controller.state.moment_steps == 0 and parts["feedback"].controller.setting.gain == 0.0
+    assert parts["feedback"].controller.state.tokens == 0 and parts["feedback"].controller.setting.gain == 0.0
     assert "another statistics.ema_decay" in result.anew[0] and result.state["update_meter"] == [0.0, 0.0]
     clipping = {**FULL, "stabilizers": FULL["stabilizers"] | {"clipping": {"ema_decay": 0.5}}}
     assert taken(FULL, clipping)[2]["clipping"].state.steps == 0

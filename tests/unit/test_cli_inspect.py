@@ -89,7 +89,6 @@ def test_an_explicit_null_is_not_called_a_default(inspect):
         ({"my_notes": "x"}, "my_notes: unknown top-level key, which DeepSpeed ignores without a word"),
         ({"amp": {"enabled": True}}, "amp: removed from DeepSpeed"),
         ({"wandb": {"team": "auto"}}, 'wandb.team: "auto" is not filled in by anyone'),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "partition_size: ds_stability has never"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "does not resume bit-exactly"),
         ({"stability": {"level": 0.5, "stabilizers": {}}}, "stability.level 0.5 has no effect: stabilizers is {}"),
         ({"stability": {"level": 0.5, "stabilizers": {"feedback": {"level": 0.1}}}}, "no effect: every stabilizer has"),

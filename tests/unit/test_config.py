@@ -29,7 +29,7 @@ FULL = {
         "averaging": {"beta_max": 0.9},
         "regularization": {"kind": "label_smoothing", "max": 0.2},
     },
-    "controller": {"warmup_steps": 7, "ramp_steps": 0, "gain_max": 50, "trim_kp": 0, "trim_ki": 0, "trim_max": 0},
+    "controller": {"warmup_steps": 7, "ramp_steps": 0, "gain_max": 14, "trim_kp": 0, "trim_ki": 0, "trim_max": 0},
     "statistics": {"high_frequency_coverage": 0.4, "high_frequency_file": "a.json", "ema_decay": 0.5, "interval": 1,
                    "gradient_noise_scale": False, "update_ratio_interval": 0, "chunk_size": 128},
     "probe": {"interval": 5, "num_prompts": 2, "max_new_tokens": 3, "prompts_file": "p.txt", "max_gather_gib": 0.5},
@@ -263,7 +263,7 @@ def test_describe_lists_every_key_with_meaning_default_and_range():
     assert {path for path in kinds if "(focal)" in path} == {"objective(focal).gamma"}
     assert set(leaves(values)) == {path for path, info in infos.items() if not info.section} - kinds | {"objective.gamma"}
     assert all(info.meaning and info.allowed for info in infos.values())
-    assert infos["controller.gain_max"].allowed == "a number above 0 and up to 50"
+    assert infos["controller.gain_max"].allowed == "a number above 0 and up to 14"
     assert infos["statistics.ema_decay"].allowed == "a number above 0 and below 1"
     assert infos["max_skipped_steps"].allowed == "an integer from 1 to 1000000000"
     assert infos["probe.prompts_file"].allowed == "a non-empty string, or null"

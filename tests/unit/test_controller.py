@@ -5,31 +5,14 @@ import math
 
 import numpy as np
 import pytest
+from controller_steps import controller, step_sums
 from scipy import stats
 
-from ds_stability.controller import FeedbackController, Setting
+from ds_stability.controller import Setting
 from ds_stability.histogram import histogram, mean_weight, quadrature, solve_gain
-from ds_stability.statistics import FIELDS, INDEX, VECTOR_SIZE, StepSums, variance_ratio
+from ds_stability.statistics import INDEX, VECTOR_SIZE, StepSums, variance_ratio
 
 TOKENS = 1024
-
-
-def step_sums(surprisal, setting=None, weight=None):
-    """Global sums of a step whose tokens had `surprisal`, under the law's weights (or the given ones)."""
-    if weight is None:
-        weight = np.exp(-setting.gain * np.clip((surprisal - setting.mu) / setting.sigma, -3.0, 3.0))
-    vector = np.zeros(VECTOR_SIZE)
-    columns = {"tokens": np.ones_like(surprisal), "surprisal": surprisal, "surprisal_sq": surprisal**2}
-    columns |= {"weight": weight, "weight_sq": weight**2}
-    columns |= {"weighted_surprisal": weight * surprisal, "weighted_surprisal_sq": weight * surprisal**2}
-    for name, column in columns.items():
-        vector[INDEX[name]] = column.sum()
-    vector[len(FIELDS) :] = histogram(surprisal).ravel()
-    return StepSums(vector)
-
-
-def controller(level, warmup_steps=10, **kwargs):
-    return FeedbackController(level if callable(level) else lambda step: level, warmup_steps, **kwargs)
 
 
 def sample(rng, kind, step, lag, tokens=TOKENS):
@@ -87,17 +70,25 @@ def test_gain_is_exactly_zero_in_warmup_and_then_ramps(warmup, ramp):
         control.update(step_sums(rng.exponential(3.0, 200), control.setting))
 
 
+def kept(history, decay):
+    """What is left of each token of `history`, steps' surprisal: a step decays what was before it, a small one by less."""
+    left = np.array([])
+    for s in history:
+        left = np.concatenate([left * max(decay, 1.0 - len(s) / 1024), np.ones(len(s))])
+    return left
+
+
 def test_setting_is_the_solve_on_smoothed_sums():
-    """Without trim the setting has a closed form: EMAs written out as weighted sums over all earlier steps."""
+    """Without trim the setting has a closed form: over all earlier tokens, each by the age of its step, not by how many it had beside it."""
     schedule = [0.6, 0.6, 0.6, 0.6, 0.2, 0.3, 0.4, 0.5, 0.7, 0.0, 0.9, 0.8]
     rng, control = np.random.default_rng(3), controller(lambda t: schedule[min(t, 11)], 2, ramp_steps=4, trim_kp=0.0,
                                                         trim_ki=0.0)  # fmt: skip
     history = []
     for step in range(12):
         if step:
-            ages = np.arange(len(history))[::-1]
-            moments = [np.average([np.mean(s**k) for s in history], weights=0.9**ages) for k in (1, 2)]
-            bins = np.tensordot(0.75**ages, [histogram(s) / len(s) for s in history], axes=1)
+            old, older = kept(history, 0.9), kept(history, 0.75)
+            moments = [np.average(np.concatenate(history) ** k, weights=old) for k in (1, 2)]
+            bins = sum(share * histogram(np.array([s])) for share, s in zip(older, np.concatenate(history), strict=True))
             mu, sigma = moments[0], math.sqrt(moments[1] - moments[0] ** 2)
             gain, _ = solve_gain(*quadrature(bins), 1.0 - schedule[step], 8.0, mu, sigma)
             gain *= min(max(step - 1, 0) / 4, 1.0)
@@ -106,7 +97,7 @@ def test_setting_is_the_solve_on_smoothed_sums():
             assert setting.gain == pytest.approx(gain, rel=1e-6, abs=1e-12)
             assert setting.mean_weight == pytest.approx(mean_weight(*quadrature(bins), gain, mu, sigma), rel=1e-6)
         assert control.level == schedule[step]
-        history.append(rng.gamma(1.5, 2.0 + 0.1 * step, int(rng.integers(50, 400))))
+        history.append(rng.gamma(1.5, 2.0 + 0.1 * step, int(rng.integers(20, 400))))
         control.update(step_sums(history[-1], control.setting))
 
 

@@ -8,6 +8,9 @@ import pytest
 from ds_stability.config import StabilityConfig, find_auto, load_ds_config, split_config, unsupported
 from ds_stability.deepspeed_config import DEEPSPEED_KEYS, precision, unknown_keys, uses_deepspeed_cpu_adam, zero_stage
 
+ROOT = Path(__file__).parents[2]
+REFUSED = (ROOT / "docs" / "footguns.md").read_text(encoding="utf-8").partition("### What ds_stability refuses")[2].partition("## Evaluation")[0]
+
 
 def test_split_config_takes_the_block_out_and_leaves_the_input_alone():
     ds_config = {"train_batch_size": 8, "stability": {"level": 0.5}}
@@ -84,6 +87,12 @@ def test_load_ds_config_copies_a_dict_and_reads_a_file_and_base64(tmp_path):
         ({"compile": {"deepcompile": True}}, "compile.deepcompile"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast.dtype"),
         ({"hybrid_engine": {"enabled": True}}, "hybrid_engine.enabled"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.enabled"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+        *(({"zero_optimization": {"stage": 3, f"zero_quantized_{what}": True}}, f"zero_optimization.zero_quantized_{what}")
+          for what in ("weights", "nontrainable_weights", "gradients")),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "zero_optimization.offload_param.device"),
         ({"stability": {"stabilizers": {"clipping": {"level": 0.1}}}}, "stability.stabilizers.clipping"),
         ({"zero_optimization": {"stage": 0}, "stability": {"level": 0.1, "stabilizers": {"averaging": {}}}},
          "stability.stabilizers.averaging"),
@@ -92,6 +101,15 @@ def test_load_ds_config_copies_a_dict_and_reads_a_file_and_base64(tmp_path):
 def test_unsupported_features_get_a_sentence(ds_config, named):
     problems = unsupported(ds_config)
     assert len(problems) == 1 and problems[0].startswith(named + ": ") and problems[0].isprintable()
+    if not named.startswith("stability."):
+        assert f"| `{named}`" in REFUSED, "docs/footguns.md, What ds_stability refuses"
+
+
+def test_every_refused_key_of_the_docs_is_refused():
+    """Each row of the table against the code; compute_grad_norm is refused where the optimizer is known."""
+    rows = {line.split("`")[1] for line in REFUSED.splitlines() if line.startswith("| `")}
+    source = (ROOT / "ds_stability" / "deepspeed_config.py").read_text(encoding="utf-8")
+    assert len(rows) > 12 and all(f'"{row}": (' in source for row in rows - {"zero_optimization.compute_grad_norm"})
 
 
 @pytest.mark.parametrize(
@@ -100,6 +118,8 @@ def test_unsupported_features_get_a_sentence(ds_config, named):
         {},
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": False}}},
         {"optimizer": {"type": "AdamW"}, "compile": {"deepcompile": False}, "pipeline": {}},
+        {"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}, "sequence_parallel_size": 1},
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, "zero_quantized_weights": False}},
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "hybrid_engine": {"enabled": False}},
         {"zero_optimization": {"stage": 1}, "stability": {"level": 1, "stabilizers": {"clipping": {}, "averaging": {}}}},
         {"zero_optimization": {"stage": "auto"}, "stability": {"level": 0.5, "stabilizers": {"clipping": {}}}},

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fuzz_support import HOSTILE_NUMBERS, HOSTILE_TEXTS, JUNK, SCALARS, assert_one_line, fuzz  # noqa: E402
 
 from ds_stability.config import StabilityConfig, describe, find_auto, load_ds_config, split_config, unsupported  # noqa: E402
-from ds_stability.deepspeed_config import offload_devices, precision, unknown_keys, untested_features, zero_stage  # noqa: E402
+from ds_stability.deepspeed_config import offload_devices, precision, unknown_keys, zero_stage  # noqa: E402
 from ds_stability.errors import StabilityConfigError, UserError  # noqa: E402
 from ds_stability.inspect_config import inspect_config, render  # noqa: E402
 from ds_stability.schedule import parse_level_flag  # noqa: E402
@@ -32,12 +32,12 @@ paths = st.sampled_from(["high_frequency.json", "runs/a/metrics.jsonl", "\N{LATI
 
 # What is right for each key; the nearly right and the hostile replace it here and there.
 SECTIONS = {
-    "controller": {"warmup_steps": st.none() | steps, "ramp_steps": steps, "gain_max": st.floats(0, 50, exclude_min=True),
-                   "trim_kp": st.floats(0, 10), "trim_ki": st.floats(0, 10), "trim_max": st.floats(0, 50),
+    "controller": {"warmup_steps": st.none() | steps, "ramp_steps": steps, "gain_max": st.floats(0, 14, exclude_min=True),
+                   "trim_kp": st.floats(0, 10), "trim_ki": st.floats(0, 10), "trim_max": st.floats(0, 14),
                    "mode": st.sampled_from(["level", "governor"]), "actuator": st.sampled_from(["token_weight", "entropy_bonus"]),
                    "statistic": st.sampled_from(["entropy", "top1_mass", "high_frequency_mass"]),
                    "target": st.sampled_from(["initial", "data"]) | st.floats(0, 1), "kp": st.floats(0, 100), "ki": st.floats(0, 10),
-                   "dead_band": st.floats(0, 1, exclude_max=True), "slew_rate": st.floats(0, 50, exclude_min=True),
+                   "dead_band": st.floats(0, 1, exclude_max=True), "slew_rate": st.floats(0, 16, exclude_min=True),
                    "output_limit": st.floats(0, 8, exclude_min=True), "setpoint_ramp_steps": steps, "probe_interval": steps,
                    "probe_size": counts, "start": st.sampled_from(["warmup", "alarm"])},
     "statistics": {"high_frequency_coverage": shares, "high_frequency_file": st.none() | paths, "ema_decay": shares,
@@ -52,8 +52,8 @@ SECTIONS = {
 gammas, coefficients, positive = st.floats(0, 20), st.floats(0, 100), st.floats(0, 10, exclude_min=True)
 OBJECTIVES = {
     "cross_entropy": {}, "label_smoothing": {"smoothing": st.floats(0, 1)}, "focal": {"gamma": gammas},
-    "tofu": {"gamma": gammas, "beta": positive}, "entropy_regularized": {"coefficient": coefficients},
-    "gem": {"beta": positive, "h": st.sampled_from(["linear", "logsigmoid"])}, "unlikelihood_token": {"alpha": coefficients},
+    "tofu": {"gamma": gammas, "beta": st.floats(0.01, 10)}, "entropy_regularized": {"coefficient": coefficients},
+    "gem": {"beta": st.floats(0.01, 10), "h": st.sampled_from(["linear", "logsigmoid"])}, "unlikelihood_token": {"alpha": coefficients},
     "unlikelihood_sequence": {"max_new_tokens": st.integers(1, 10**6), "prefix_tokens": st.integers(1, 10**6),
                               "n": st.integers(1, 1000), "probability": st.floats(0, 1, exclude_min=True)},
     "reverse_kl": {"reference": paths, "coefficient": positive, "cross_entropy": coefficients},
@@ -182,7 +182,7 @@ ds_configs = mapping({
 def test_a_deepspeed_config_around_it(config):
     try:
         rest, stability = split_config(load_ds_config(config))
-        texts = [*unsupported(rest, stability), *find_auto(rest), *untested_features(rest), precision(rest), *offload_devices(rest).values()]
+        texts = [*unsupported(rest, stability), *find_auto(rest), precision(rest), *offload_devices(rest).values()]
         texts += [guess for _, guess in unknown_keys(rest) if guess]
         assert all(text.isprintable() and len(text) < 5000 for text in texts)
         assert zero_stage(rest) in (None, 0, 1, 2, 3)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from ds_stability import layout
 from ds_stability.checkpoint import MEAN, load_slices, save_slices
 from ds_stability.errors import StabilityConfigError
 from ds_stability.layout import Piece, clear_padding, overlap, ranged_pieces, sliced_pieces
@@ -129,6 +130,39 @@ def test_a_missing_rank_is_named(two_ranks):
 def test_another_model_is_refused(two_ranks):
     with pytest.raises(StabilityConfigError, match="a had 5 elements, this model's has 6"):
         load_slices(two_ranks[0], MEAN, [torch.zeros(10)], [sliced_pieces({"a": 6, "b": 4}, 0, 1)], rank=0)
+
+
+class Expert(torch.nn.Parameter):
+    """A parameter as ZeRO-3 leaves it: `width` of its `ds_numel` elements on each rank of its own group, (rank, ranks)."""
+
+    def __new__(cls, ds_numel, width, group):
+        parameter = super().__new__(cls, torch.zeros(0))
+        parameter.ds_numel, parameter.ds_process_group, parameter.partition_numel = ds_numel, group, lambda: width
+        return parameter
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """A process group is (rank, ranks)."""
+    monkeypatch.setattr(layout.dist, "get_rank", lambda group: group[0])
+    monkeypatch.setattr(layout.dist, "get_world_size", lambda group: group[1])
+
+
+def test_a_parameter_is_cut_over_its_own_group(groups):
+    """By the optimizer's group of four, half of an expert that only two ranks share counted as padding, and was zeroed."""
+    expert, shared = Expert(10, 5, (1, 2)), Expert(10, 3, (3, 4))
+    names, partition = {expert: "expert", shared: "shared"}, torch.ones(8)
+    pieces = layout._slices_of_group(names, [expert, shared], partition)
+    assert pieces == [Piece("expert", 5, 0, 5, 10), Piece("shared", 9, 5, 1, 10)]
+    clear_padding([partition], [pieces])
+    assert partition.tolist() == [1.0] * 6 + [0.0] * 2
+
+
+@pytest.mark.parametrize("width, size", [(3, 3), (5, 4), (5, 6), (4, 4)])
+def test_slices_that_do_not_cover_the_partition_are_refused(groups, width, size):
+    parameter = Expert(10, width, (0, 2))
+    with pytest.raises(StabilityConfigError, match="does not understand"):
+        layout._slices_of_group({parameter: "w"}, [parameter], torch.ones(size))
 
 
 def test_padding_is_cleared_and_nothing_else():

@@ -19,7 +19,7 @@ from ds_stability.statistics import (
     gradient_metrics,
     noise_scale_terms,
     non_finite_fields,
-    surprisal_moments,
+    realized_weight,
     token_metrics,
     variance_ratio,
     variances,
@@ -93,7 +93,7 @@ def test_metrics_do_not_depend_on_how_tokens_are_split(seed, count, cuts):
     for key, value in expected.items():
         assert metrics[key] == pytest.approx(value, rel=1e-9, abs=1e-9), key
     assert variance_ratio(sums) == metrics["stability/variance_ratio"]
-    assert surprisal_moments(sums) == pytest.approx((values["surprisal"].mean(), (values["surprisal"] ** 2).mean()))
+    assert realized_weight(sums, 0.5) == pytest.approx(values["weight"].mean() / 0.5)
     np.testing.assert_allclose(sums.bins, histogram(values["surprisal"]), rtol=1e-9, atol=1e-9)
 
 
@@ -125,7 +125,7 @@ def test_without_tokens_everything_is_none():
     metrics = token_metrics(sums, high_frequency_known=True)
     assert metrics.pop("stability/tokens") == 0
     assert set(metrics.values()) == {None}
-    assert surprisal_moments(sums) is None and variance_ratio(sums) is None and noise_scale_terms(sums) is None
+    assert realized_weight(sums, 1.0) is None and variance_ratio(sums) is None and noise_scale_terms(sums) is None
     assert variances(sums) == (None, None) and sums.per_token("entropy") is None and sums.finite
     gradient = gradient_metrics(sums)
     assert gradient["stability/gradient_cosine"] is None and gradient["stability/update_ratio"] is None
