@@ -15,7 +15,7 @@ from ds_stability.statistics import StepSums
 
 HISTOGRAM_DECAY = 0.75  # smooths the histogram over about 4 steps
 #: Supervised tokens that every average remembers at least: fewer have no tail, and a ratio of their variances is biased.
-WINDOW_TOKENS = 1024.0
+WINDOW_TOKENS = 512.0
 
 
 @dataclass

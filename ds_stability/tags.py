@@ -38,7 +38,7 @@ TAGS: dict[str, Tag] = {
     "stability/sigma": Tag("nats", "sqrt(EMA E[s^2] - mu^2)", "controller", "standard deviation with which this step standardizes surprisal"),
     "stability/mean_weight": Tag("-", "wbar = E[w] over the smoothed histogram", "controller", "predicted mean token weight, which the weights are divided by"),
     "stability/realized_weight": Tag("-", "mean(w) / wbar", "statistics", "1 where the prediction held; above 2 the step's gradient, and `loss`, are scaled back to 2"),
-    "stability/windowed_variance_ratio": Tag("-", "Var_w(s) / Var(s) over the last 1,024 tokens or the last step, whichever are more", "controller", "what the trim was set by, from the steps before; of fewer tokens alone, as in variance_ratio, the ratio comes out too high"),
+    "stability/windowed_variance_ratio": Tag("-", "Var_w(s) / Var(s) over the last 512 tokens or the last step, whichever are more", "controller", "what the trim was set by, from the steps before; of fewer tokens alone, as in variance_ratio, the ratio comes out too high"),
     # the governor, in place of level, target_ratio and trim
     "stability/governor_statistic": Tag("nats or 0..1", "mean(H), mean(max p) or the high-frequency mass, unweighted", "governor", "the last measurement before this step, on the held-out probe or the training step; what the governor holds"),
     "stability/governor_target": Tag("nats or 0..1", "the number, the untouched model's value, or the probe's cross-entropy", "governor", "where the set point ends"),

@@ -106,7 +106,7 @@ def test_generated_text_enters_no_statistic(results):
         assert (row["cross_entropy"] is None) == (step in steps) and (row["stability/tokens"] is None) == (step in steps)
     tokens = 0.0
     for count in (row["stability/tokens"] for row in rows if row["stability/tokens"]):
-        tokens = max(0.9, 1.0 - count / 1024) * tokens + count
+        tokens = max(0.9, 1.0 - count / 512) * tokens + count
     assert results["unlikelihood_sequence_3"]["state"]["stabilizers"]["feedback"]["tokens"] == pytest.approx(tokens)
 
 

@@ -74,7 +74,7 @@ def kept(history, decay):
     """What is left of each token of `history`, steps' surprisal: a step decays what was before it, a small one by less."""
     left = np.array([])
     for s in history:
-        left = np.concatenate([left * max(decay, 1.0 - len(s) / 1024), np.ones(len(s))])
+        left = np.concatenate([left * max(decay, 1.0 - len(s) / 512), np.ones(len(s))])
     return left
 
 

@@ -49,8 +49,8 @@ def test_a_step_of_few_tokens_moves_little(few):
     before, integral = control.setting, control.state.integral
     control.update(step_sums(np.full(few, 14.0) + rng.random(few), control.setting))
     after = control.setting
-    assert abs(after.mu - before.mu) < 1e-3 * few and abs(after.gain - before.gain) < 2e-3 * few
-    assert abs(control.state.integral - integral) < 1e-5 * few
+    assert abs(after.mu - before.mu) < 2e-3 * few and abs(after.gain - before.gain) < 4e-3 * few
+    assert abs(control.state.integral - integral) < 2e-5 * few
 
 
 def test_tokens_count_the_same_in_one_step_or_in_several():
@@ -81,8 +81,8 @@ def test_equal_steps_of_a_window_follow_the_law_by_steps():
 
 
 def test_what_a_step_leaves():
-    assert remembered(0.9, 4096) == remembered(0.9, 1024) == 0.9 and remembered(0.0, 1024) == 0.0
-    assert remembered(0.9, 2) == 1 - 2 / 1024 and remembered(0.0, 512) == 0.5
+    assert remembered(0.9, 4096) == remembered(0.9, 512) == 0.9 and remembered(0.0, 512) == 0.0
+    assert remembered(0.9, 2) == 1 - 2 / 512 and remembered(0.0, 256) == 0.5
 
 
 def test_the_trim_follows_a_moving_level_with_few_tokens():
@@ -106,7 +106,7 @@ def test_a_governor_on_training_steps_weighs_tokens():
     for _ in range(5):
         governance.update(step(4096, 3.0))
     governance.update(step(2, 9.0))
-    assert governance.governor.state.value == pytest.approx(3.0 + 6.0 * 2 / (4096 * (1 - 2 / 1024) + 2), rel=1e-9)
+    assert governance.governor.state.value == pytest.approx(3.0 + 6.0 * 2 / (4096 * (1 - 2 / 512) + 2), rel=1e-9)
     restored = Governance(ControllerConfig(mode="governor", target=2.0, probe_interval=0, warmup_steps=2), 0.9)
     restored.load_state_dict(governance.state_dict())
     for part in (governance, restored):
