@@ -9,7 +9,7 @@ from ds_stability.errors import UserError
 quiet_libraries()
 
 from ds_stability.export_run import export_run  # noqa: E402
-from ds_stability.launchers.locks import TRAIN_LOCK, try_lock  # noqa: E402
+from ds_stability.locks import TRAIN_LOCK, try_lock  # noqa: E402
 from ds_stability.run_dir import RunDir  # noqa: E402
 
 
