@@ -60,8 +60,10 @@ def export_run(path: str | os.PathLike) -> tuple[int, bool]:
         raise UserError(f"{run.path}: has no {DESCRIPTION}/config.json, so no version that can export wrote it; resume the run instead")
     checkpoint, state = _checkpoint(run, manifest)
     try:
-        module = _model(manifest, description)
-        weights = _weights(checkpoint)
+        dtype = _dtype(manifest["config"])
+        module, weights = _model(manifest, description, dtype), _weights(checkpoint)
+        if not _is_partitioned(tag_folder(checkpoint)):
+            module.to(dtype)  # as DeepSpeed does there, adapters included
         block, tag = manifest["config"]["stability"], tag_folder(checkpoint)
         updates = read_json(tag / "stability_state.json")["ema"]["updates"] if block.get("ema") else None
         _fill(module, weights | (_average(tag) if updates else {}), checkpoint)
@@ -92,13 +94,16 @@ def _checkpoint(run: RunDir, manifest: Mapping[str, Any]) -> tuple[Path, dict[st
     return chosen, {"step": step, "trained": trained, "max_steps": state["max_steps"]}
 
 
-def _model(manifest: Mapping[str, Any], description: Path) -> torch.nn.Module:
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    enabled = {name for name in ("bf16", "fp16") if config["deepspeed"].get(name, {}).get("enabled") is True or config["training"].get(name)}
+    return torch.bfloat16 if "bf16" in enabled else torch.float16 if "fp16" in enabled else torch.float32
+
+
+def _model(manifest: Mapping[str, Any], description: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model as the run built it; an adapter's base with its weights, all else on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    flags, ds_config = manifest["config"]["model"], manifest["config"]["deepspeed"]
-    enabled = {name for name in ("bf16", "fp16") if ds_config.get(name, {}).get("enabled") is True or manifest["config"]["training"].get(name)}
-    dtype = torch.bfloat16 if "bf16" in enabled else torch.float16 if "fp16" in enabled else torch.float32
+    flags = manifest["config"]["model"]
     code = flags["trust_remote_code"]
     config = AutoConfig.from_pretrained(description, trust_remote_code=code)
     generation = GenerationConfig.from_pretrained(description)
@@ -117,12 +122,16 @@ def _model(manifest: Mapping[str, Any], description: Path) -> torch.nn.Module:
     return get_peft_model(base, PeftConfig.from_pretrained(description / ADAPTER))
 
 
+def _is_partitioned(folder: Path) -> bool:
+    return not (folder / MODEL_FILE).is_file()
+
+
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Names and whole tensors of what was trained, and of buffers."""
     folder = tag_folder(checkpoint)
     if list(folder.glob("mp_rank_01*")) or list(folder.glob("*_mp_rank_01_*")):
         raise UserError(f"{checkpoint}: was written with tensor parallelism, which this command does not put together; resume the run")
-    if (folder / MODEL_FILE).is_file():
+    if not _is_partitioned(folder):
         return torch.load(folder / MODEL_FILE, map_location="cpu", mmap=True, weights_only=False)["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
