@@ -7,14 +7,12 @@ measures there, `init_decay` pulls to the weights there, an average begins with 
 and schedules that lie behind do not come again.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
-
-from ds_stability.controller import SurprisalState
 
 Json = dict[str, Any]
 CLIPPING, GOVERNOR = "clipping, after a warm-up", "the governor"
-MOMENTS = tuple(field.name for field in fields(SurprisalState))
+MOMENTS = ("tokens", "surprisal", "surprisal_sq", "histogram")  # controller.SurprisalState, which imports numpy
 
 
 @dataclass

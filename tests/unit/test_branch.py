@@ -1,5 +1,6 @@
 """Branches: what the command line means, what must be the trunk's, and what is taken over from its stability state."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ds_stability.checkpoint_files import write_manifest
 from ds_stability.config import StabilityConfig
+from ds_stability.controller import SurprisalState
 from ds_stability.effect import outlook
 from ds_stability.errors import UserError
 from ds_stability.eval.report_curves import warmup
@@ -29,7 +31,7 @@ from ds_stability.launchers.setup_run import early_identity, require_same_run
 from ds_stability.launchers.starting_point import StartingPoint, starting_point, step_of
 from ds_stability.run_dir import RunDir, build_manifest
 from ds_stability.stabilizers.build import build_stabilizers
-from ds_stability.takeover import take_over
+from ds_stability.takeover import MOMENTS, take_over
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = ["--config_name", str(REPOSITORY / "ds_configs/models/llama_tiny.json"), "--dataset_name", "builtin:prose", "--deepspeed",
@@ -331,3 +333,7 @@ def test_the_ratio_of_a_branch_is_settled_after_its_branch_point():
     assert warmup(cell) == 200
     cell.meta["run"]["branch"] = None
     assert warmup(cell) == 10
+
+
+def test_the_moments_are_all_that_is_known_of_the_surprisal():
+    assert tuple(field.name for field in dataclasses.fields(SurprisalState)) == MOMENTS

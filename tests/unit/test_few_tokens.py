@@ -8,9 +8,11 @@ from controller_steps import controller, step_sums
 from scipy import stats
 
 from ds_stability.config_controller import ControllerConfig
-from ds_stability.controller import WINDOW_TOKENS, Setting, remembered
+from ds_stability.controller import WINDOW_TOKENS, remembered
+from ds_stability.errors import StabilityConfigError
 from ds_stability.histogram import token_weight, variance_ratio
 from ds_stability.measures import StabilityMeasures
+from ds_stability.stabilizers.feedback import read_gains
 from ds_stability.stabilizers.governance import Governance
 from ds_stability.statistics import INDEX, VECTOR_SIZE, StepSums
 
@@ -135,4 +137,12 @@ def test_weights_of_the_largest_gain_are_finite_in_fp32():
     largest = ControllerConfig(gain_max=14).gain_max
     weight = token_weight(np.array([-1e9], dtype=np.float64), largest, 0.0, 1.0)[0]
     assert np.isfinite(np.float32(weight) / np.float32(1.0 / weight) * np.float32(30.0))
-    assert Setting().gain == 0.0
+
+
+def test_replayed_gains_have_the_same_bound(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stability/gain": 14}\n{"stability/gain": 0}\n')
+    assert read_gains(str(path)) == (14.0, 0.0)
+    path.write_text('{"stability/gain": 29.6}\n')
+    with pytest.raises(StabilityConfigError, match="holds a gain of 29.6; 14 is the largest"):
+        read_gains(str(path))
