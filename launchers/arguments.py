@@ -70,6 +70,14 @@ class DataArguments:
     validation_split_percentage: float = field(default=5.0, metadata={"help": "share of documents that is held out"})
     split_seed: int = field(default=0, metadata={"help": "decides what is held out, and draws builtin:synthetic"})
     block_size: int = field(default=512, metadata={"help": "tokens per packed block"})
+    packing: str = field(
+        default="auto",
+        metadata={"help": "pack (documents share blocks), pad (each has rows of its own) or auto: pack if the model keeps them apart"},
+    )
+    truncation: str = field(
+        default="auto",
+        metadata={"help": "documents longer than a block: split, drop, keep_start, keep_end or auto: chats dropped, texts split"},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "blocks to train on at most"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "blocks to evaluate on at most"})
     streaming: bool = field(default=False, metadata={"help": "read and pack while training"})

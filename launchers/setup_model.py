@@ -4,10 +4,9 @@ import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ds_stability.data.chat_end import end_ids
-from ds_stability.data.packing import check_block_size, check_vocabulary, packing_problem
+from ds_stability.data.packing import check_block_size, check_vocabulary
 from ds_stability.data.readers import read_documents
 from ds_stability.data.tokenizer import load_pretrained, train_bpe
 from ds_stability.errors import UserError
@@ -70,9 +69,6 @@ def build_model(command: Command, config: Any, tokenizer: Any, args: TrainArgume
         model = load_causal_lm(arguments.model_name_or_path, f"--model_name_or_path {arguments.model_name_or_path}", config=config,
                                dtype=dtype, revision=arguments.model_revision, **options)  # fmt: skip
     _prepare_generation(model, tokenizer, keeps_cache)
-    problem = packing_problem(model)
-    if problem is not None and dist.get_rank() == 0:
-        print(f"note: {problem}", flush=True)
     return _add_adapter(model, arguments, args) if arguments.use_peft else model
 
 

@@ -130,7 +130,9 @@ def hold_run(run: RunDir, resume: bool) -> None:
 
 def run_identity(command: Command, config: Any, facts: dict) -> dict[str, Any]:
     """What must agree for a checkpoint to be continued."""
-    return settings_identity(command, config) | {"data": facts["corpus_fingerprint"], "tokenizer": facts["tokenizer_hash"]}
+    return settings_identity(command, config) | {
+        "data": facts["corpus_fingerprint"], "tokenizer": facts["tokenizer_hash"], "packing": command.spec.packing,
+        "truncation": command.spec.truncation}  # fmt: skip
 
 
 def settings_identity(command: Command, config: Any) -> dict[str, Any]:

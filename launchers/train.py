@@ -43,6 +43,7 @@ from ds_stability.launchers.branch import BranchingTrainer, global_batches, requ
 from ds_stability.launchers.checkpoints import WholeCheckpoints, checkpoint_to_load  # noqa: E402
 from ds_stability.launchers.data_order import OrderedTrainer, check_order, in_order  # noqa: E402
 from ds_stability.launchers.final_model import export_final, prepare_final  # noqa: E402
+from ds_stability.launchers.packing import flatten, needs_flattening, say_packing, say_stream, settle_packing  # noqa: E402
 from ds_stability.launchers.setup_model import build_model, check_pretrained, load_config, load_tokenizer  # noqa: E402
 from ds_stability.launchers.setup_run import (  # noqa: E402
     RunCallback,
@@ -70,6 +71,7 @@ class StabilityTrainer(BranchingTrainer, OrderedTrainer, WholeCheckpoints):
     """Trainer whose evaluation loss is exact over tokens, and which makes sure that the run is as distributed as asked."""
 
     checked = False
+    flat = False  # whether a batch is given to the model as one row
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.checked:
@@ -78,7 +80,7 @@ class StabilityTrainer(BranchingTrainer, OrderedTrainer, WholeCheckpoints):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {**inputs, "use_cache": False}
+        inputs = {**(flatten(inputs) if self.flat else inputs), "use_cache": False}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluation_loop(self, *args, **kwargs):
@@ -134,13 +136,13 @@ def training_arguments(command: Command) -> TrainArguments:
         raise UserError(" ".join(str(error).split())) from None
 
 
-def load_data(command: Command, tokenizer, args: TrainArguments):
+def load_data(command: Command, tokenizer, args: TrainArguments, positions: bool):
     """(training blocks, evaluation blocks, facts). One process of a host reads first, so that the others find its cache."""
     outcome: list = []
     with args.main_process_first(local=True, desc="tokenization"):
         try:
             outcome.append(load_blocks(command.spec, tokenizer, command.data.block_size, args.world_size,
-                                       command.data.data_cache_dir))  # fmt: skip
+                                       command.data.data_cache_dir, positions))  # fmt: skip
         except UserError as error:
             outcome.append(error)
 
@@ -216,6 +218,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         StoppedError: a signal or the alarm stopped it; a checkpoint of the last step is saved.
     """
     keeps_cache = config.get_text_config().use_cache
+    command, borders = settle_packing(command, config)
     command = dataclasses.replace(command, resume=checkpoint_to_load(command))
     changed = world_has_changed(command)
     if changed:
@@ -228,7 +231,8 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         agree(lambda: require_trunk(command, early_identity(command, config)))
     set_seed(args.seed)
     tokenizer, config = agree(lambda: load_tokenizer(command, config))
-    train_data, eval_data, facts = load_data(command, tokenizer, args)
+    train_data, eval_data, facts = load_data(command, tokenizer, args, borders.positions)
+    say_packing(command, borders, facts)
     frequent = agree(lambda: high_frequency(command, tokenizer, config, train_data, facts))
     identity = run_identity(command, config, facts)
     agree(lambda: require_same_run(command, run, identity))
@@ -243,6 +247,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
                            evaluate_last=eval_data is not None, signals=signals)  # fmt: skip
     trainer = StabilityTrainer(model=model, args=args, train_dataset=in_order(train_data, batches), batches=batches,
                                eval_dataset=eval_data, data_collator=default_data_collator, callbacks=[callback])  # fmt: skip
+    trainer.flat = command.spec.packing == "pack" and needs_flattening(model)
     trainer.trunk = command.trunk if command.branches else None
     agree(lambda: start_run(command, run, identity, facts, frequent, args, batches))
     agree(lambda: require_visible(run))
@@ -252,6 +257,8 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         checkpoint = os.fspath(convert_checkpoint(command))
         trainer.add_callback(LoadedOnce(checkpoint))
     trainer.train(resume_from_checkpoint=checkpoint)
+    if command.data.streaming:
+        say_stream(train_data)
     raise_if_stopped(trainer, callback, run, signals)
     finish(trainer, callback, run, tokenizer, keeps_cache)
 

@@ -39,6 +39,6 @@ def corpus_fingerprint(spec: DataSpec) -> str:
         from .synthetic import SyntheticLanguage
 
         content["text"] = SyntheticLanguage(seed=spec.synthetic_seed).fingerprint()
-    for key in ("max_train_samples", "max_eval_samples", "shuffle_buffer"):
+    for key in ("max_train_samples", "max_eval_samples", "shuffle_buffer", "packing", "truncation"):
         del content[key]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

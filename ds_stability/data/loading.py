@@ -12,7 +12,8 @@ from torch.utils.data import Dataset, Subset
 
 from ..errors import UserError
 from .fingerprint import corpus_fingerprint
-from .packing import PackedBlocks, StreamingBlocks, check_enough_blocks
+from .long_documents import Rules, truncation_line
+from .packing import PackedBlocks, StreamingBlocks, check_enough_blocks, require_documents
 from .readers import read_documents
 from .spec import DataSpec, Document
 from .splitting import is_held_out, split_stream
@@ -21,33 +22,39 @@ from .tokenizer import tokenizer_hash
 from .tokens import TokenStore, TokenStoreBuilder, build_store, encode_documents
 
 STREAMING_EVAL_BLOCKS = 128
-ENCODING = 2  # raised when the same documents become other tokens: caches of before are not read
+ENCODING = 3  # raised when the same documents become other tokens: caches of before are not read
 
 
 def load_blocks(
-    spec: DataSpec, tokenizer: Any, block_size: int, world_size: int = 1, cache_dir: str | None = None
+    spec: DataSpec, tokenizer: Any, block_size: int, world_size: int = 1, cache_dir: str | None = None,
+    positions: bool = True,
 ) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
     """(training blocks, evaluation blocks or None, facts for the manifest).
 
-    Training blocks are PackedBlocks (StreamingBlocks if spec.streaming), the remainder dropped; evaluation blocks keep
-    theirs, padded. With `cache_dir`, tokens are kept there and memory-mapped: let one process of a host go first. All
-    ranks get the same blocks, or the same UserError.
+    Training blocks are PackedBlocks (StreamingBlocks if spec.streaming), the remainder of texts dropped; evaluation blocks keep
+    theirs, padded. With `positions` False, blocks have no position_ids, for a model that takes none (spec.packing "pad"). With
+    `cache_dir`, tokens are kept there and memory-mapped: let one process of a host go first. All ranks get the same blocks, or
+    the same UserError.
     """
     spec.check()
     info = {"corpus_fingerprint": corpus_fingerprint(spec), "tokenizer_hash": tokenizer_hash(tokenizer),
             "block_size": block_size, "spec": spec.to_dict()}
+    rules = Rules(spec.truncation, spec.packing == "pad", positions)
     if spec.streaming:
-        return _load_streaming(spec, tokenizer, block_size, world_size, info)
+        return _load_streaming(spec, tokenizer, block_size, world_size, info, rules)
     train_store, eval_store, info["held_out"] = _cached_stores(spec, tokenizer, cache_dir, info)
     pad_id = pad_token_id(tokenizer)
-    train: Dataset = PackedBlocks(train_store, block_size, pad_id)
+    packed = PackedBlocks(train_store, block_size, pad_id, rules=rules)
+    train: Dataset = packed
+    if packed.plan is not None:
+        require_documents(len(packed), packed.plan.counts, block_size, rules)
     check_enough_blocks(len(train), world_size, train_store.num_tokens, block_size)
     if spec.max_train_samples is not None and spec.max_train_samples < len(train):
         train = Subset(train, range(spec.max_train_samples))
         check_enough_blocks(len(train), world_size, len(train) * block_size, block_size)
-    evaluation = _eval_blocks(eval_store, block_size, pad_id, spec) if info["held_out"] != "none" else None
+    evaluation = _eval_blocks(eval_store, block_size, pad_id, spec, rules) if info["held_out"] != "none" else None
     info |= {"train": _facts(train_store, train), "token_fingerprint": train_store.fingerprint()}
-    info["train"]["dropped_tokens"] = train_store.num_tokens % block_size
+    info["train"] |= _plan_facts(packed)
     info["train"] |= check_store(spec, train, evaluation, train_store)
     info["validation"] = _facts(eval_store, evaluation) if evaluation is not None else None
     return train, evaluation, info
@@ -62,8 +69,21 @@ def _facts(store: TokenStore, blocks: Dataset) -> dict[str, int]:
     return {"documents": store.num_documents, "tokens": store.num_tokens, "blocks": len(blocks)}
 
 
-def _eval_blocks(store: TokenStore, block_size: int, pad_id: int, spec: DataSpec) -> Dataset:
-    blocks = PackedBlocks(store, block_size, pad_id, drop_remainder=False)
+def _plan_facts(blocks: PackedBlocks) -> dict[str, Any]:
+    """What became of the documents' tokens: dropped, and the padding beside the others."""
+    used = len(blocks) * blocks.block_size
+    if blocks.plan is None:
+        return {"dropped_tokens": blocks.store.num_tokens - used}
+    counts, padding = blocks.plan.counts, blocks.plan.counts["padding"]
+    return {"dropped_tokens": blocks.store.num_tokens - used + padding, "padding_share": round(padding / max(used, 1), 4),
+            "longer_than_block": {"chats": counts["long_chats"], "texts": counts["long_texts"], "tokens_left_out": counts["cut_tokens"]},
+            "truncation": truncation_line(counts, blocks.block_size, blocks.rules)}  # fmt: skip
+
+
+def _eval_blocks(store: TokenStore, block_size: int, pad_id: int, spec: DataSpec, rules: Rules) -> Dataset:
+    blocks = PackedBlocks(store, block_size, pad_id, drop_remainder=False, rules=rules)
+    if blocks.plan is not None:
+        require_documents(len(blocks), blocks.plan.counts, block_size, rules)
     if store.num_tokens < 2:
         raise UserError("the held-out data has no token to predict; pass --validation_file, a larger "
                         "--validation_split_percentage, or 0 for none")
@@ -135,7 +155,7 @@ def _streamed(spec: DataSpec, split_off: bool) -> Iterator[Document]:
 
 
 def _load_streaming(
-    spec: DataSpec, tokenizer: Any, block_size: int, world_size: int, info: dict[str, Any]
+    spec: DataSpec, tokenizer: Any, block_size: int, world_size: int, info: dict[str, Any], rules: Rules
 ) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
     separate = separate_validation(spec)
     split_off = separate is None and spec.validation_split_percentage > 0
@@ -144,7 +164,7 @@ def _load_streaming(
     train = StreamingBlocks(
         documents, tokenizer, block_size, pad_id,
         assistant_only_loss=spec.assistant_only_loss, shuffle_buffer=spec.shuffle_buffer, seed=spec.seed,
-        max_blocks=spec.max_train_samples, min_blocks=world_size)
+        max_blocks=spec.max_train_samples, min_blocks=world_size, rules=rules)
     info["held_out"] = separate or ("documents" if split_off else "none")
     if info["held_out"] == "none":
         return train, None, info | {"validation": None, "train": check_stream(spec, train, None, documents, tokenizer)}
@@ -152,7 +172,7 @@ def _load_streaming(
     held_out = read_documents(spec, "validation") if separate else (
         document for document in read_documents(spec) if is_held_out(document, fraction, spec.seed))
     store = _first_tokens(held_out, tokenizer, spec, (spec.max_eval_samples or STREAMING_EVAL_BLOCKS) * block_size)
-    evaluation = _eval_blocks(store, block_size, pad_id, spec)
+    evaluation = _eval_blocks(store, block_size, pad_id, spec, rules)
     checked = check_stream(spec, train, evaluation, documents, tokenizer)
     return train, evaluation, info | {"validation": _facts(store, evaluation), "train": checked}
 

@@ -2,12 +2,12 @@
 
 Every block is dict(input_ids, labels, position_ids), int64 [block_size]. position_ids restart at 0 with every document
 and with every block: transformers 5 reads document borders from them, provided that no attention_mask and no cache is
-passed (`packing_problem` tells). Labels are not shifted; -100 stands at the first token of every document and of every
+passed (`border_probe` tells whether a model does so). Labels are not shifted; -100 stands at the first token of every document and of every
 block, so that the number of labels other than -100 is the number of supervised tokens with and without the shift.
 """
 
-import inspect
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..errors import UserError
+from .long_documents import PACK, Plan, Planner, Rules, plan_store, planned_stream, truncation_line
 from .spec import Document
 from .tokens import TokenStore, encode_documents
 
@@ -47,17 +48,24 @@ def make_block(
 
 
 class PackedBlocks(Dataset):
-    """Blocks of a token store: block i holds the tokens [i * block_size, (i + 1) * block_size).
+    """Blocks of a token store: block i holds the tokens [i * block_size, (i + 1) * block_size) where all documents are texts that
+    may be cut, else those of a plan (long_documents.py).
 
-    The remainder that does not fill a block is dropped, or padded and kept with drop_remainder=False.
+    The remainder of texts that does not fill a block is dropped, or padded and kept with drop_remainder=False.
     """
 
-    def __init__(self, store: TokenStore, block_size: int, pad_id: int, drop_remainder: bool = True) -> None:
+    def __init__(self, store: TokenStore, block_size: int, pad_id: int, drop_remainder: bool = True, rules: Rules = PACK) -> None:
         self.store = store
         self.block_size = block_size
         self.pad_id = pad_id
-        full, rest = divmod(store.num_tokens, block_size)
-        self._length = full + bool(rest and not drop_remainder)
+        self.rules = rules
+        self.plan: Plan | None = None
+        if store.chats is None and rules.flows(chat=False):
+            full, rest = divmod(store.num_tokens, block_size)
+            self._length = full + bool(rest and not drop_remainder)
+        else:
+            self.plan = plan_store(store, block_size, rules, not drop_remainder)
+            self._length = len(self.plan.offsets) - 1
 
     def __len__(self) -> int:
         return self._length
@@ -65,12 +73,26 @@ class PackedBlocks(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not -self._length <= index < self._length:
             raise IndexError(f"block {index} of {self._length}")
-        first = (index % self._length) * self.block_size
-        last = min(first + self.block_size, self.store.num_tokens)
-        low, high = np.searchsorted(self.store.starts[:-1], (first, last))
-        supervised = None if self.store.supervised is None else self.store.supervised[first:last]
-        starts = self.store.starts[low:high] - first
-        return make_block(self.store.ids[first:last], starts, supervised, self.block_size, self.pad_id)
+        return _block(self._parts(index % self._length), self.block_size, self.pad_id, self.rules)
+
+    def _parts(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """(ids, document starts, supervised marks) of a block."""
+        if self.plan is None:
+            first = index * self.block_size
+            last = min(first + self.block_size, self.store.num_tokens)
+            low, high = np.searchsorted(self.store.starts[:-1], (first, last))
+            places, starts = slice(first, last), self.store.starts[low:high] - first
+        else:
+            pieces = slice(*self.plan.offsets[index : index + 2])
+            firsts, lasts = self.plan.first[pieces], self.plan.last[pieces]
+            places = np.concatenate([np.arange(first, last) for first, last in zip(firsts, lasts, strict=True)])
+            starts = np.cumsum(lasts - firsts) - (lasts - firsts)
+        return self.store.ids[places], starts, None if self.store.supervised is None else self.store.supervised[places]
+
+
+def _block(parts: tuple, block_size: int, pad_id: int, rules: Rules) -> dict[str, torch.Tensor]:
+    block = make_block(*parts, block_size, pad_id)
+    return block if rules.positions else {name: value for name, value in block.items() if name != "position_ids"}
 
 
 class PaddedBlocks(Dataset):
@@ -113,7 +135,7 @@ class StreamingBlocks(IterableDataset):
     def __init__(
         self, documents: Callable[[], Iterable[Document]], tokenizer: Any, block_size: int, pad_id: int, *,
         assistant_only_loss: bool = False, shuffle_buffer: int = 0, seed: int = 0, skip_blocks: int = 0,
-        max_blocks: int | None = None, min_blocks: int = 1,
+        max_blocks: int | None = None, min_blocks: int = 1, rules: Rules = PACK,
     ) -> None:
         self.documents = documents
         self.tokenizer = tokenizer
@@ -125,6 +147,8 @@ class StreamingBlocks(IterableDataset):
         self.skip_blocks = skip_blocks
         self.max_blocks = max_blocks
         self.min_blocks = min_blocks
+        self.rules = rules
+        self.planner = Planner(block_size, rules)  # of the newest pass; its counts are of what was read so far
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -144,32 +168,22 @@ class StreamingBlocks(IterableDataset):
         return self._shuffled(self._parts(), epoch)
 
     def block(self, parts: tuple) -> dict[str, torch.Tensor]:
-        return make_block(*parts, self.block_size, self.pad_id)
+        return _block(parts, self.block_size, self.pad_id, self.rules)
 
     def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(ids, starts, supervised) of each full block."""
-        ids: list[int] = []
-        supervised: list[bool] = []
-        starts: list[int] = []
-        size, count = self.block_size, 0
-        for encoded in encode_documents(self.documents(), self.tokenizer, self.assistant_only_loss):
-            starts.append(len(ids))
-            ids.extend(encoded.ids)
-            supervised.extend(encoded.supervised or [encoded.supervised is None] * len(encoded.ids))
-            offset = 0
-            while len(ids) - offset >= size:
-                if count == self.max_blocks:
-                    return
-                end = offset + size
-                inside = [start - offset for start in starts if offset <= start < end]
-                marks = np.array(supervised[offset:end], np.bool_)
-                yield np.array(ids[offset:end]), np.array(inside, np.int64), marks
-                count, offset = count + 1, end
-            if offset:
-                ids, supervised = ids[offset:], supervised[offset:]
-                starts = [start - offset for start in starts if start >= offset]
+        """(ids, document starts, supervised marks) of each block."""
+        count, planner = 0, Planner(self.block_size, self.rules)
+        self.planner = planner
+        documents = encode_documents(self.documents(), self.tokenizer, self.assistant_only_loss)
+        for parts in planned_stream(documents, planner):
+            if count == self.max_blocks:
+                return
+            yield parts
+            count += 1
         if count < self.min_blocks:
-            check_enough_blocks(count, self.min_blocks, count * size + len(ids), size)
+            require_documents(count, planner.counts, self.block_size, self.rules)
+            tokens = count * self.block_size + self.block_size - planner.flow.free
+            check_enough_blocks(count, self.min_blocks, tokens, self.block_size)
 
     def _shuffled(self, parts: Iterator[tuple], epoch: int) -> Iterator[tuple]:
         if not self.shuffle_buffer:
@@ -196,6 +210,13 @@ def check_enough_blocks(blocks: int, world_size: int, tokens: int, block_size: i
                         "or fewer ranks")
 
 
+def require_documents(blocks: int, counts: Counter, block_size: int, rules: Rules) -> None:
+    """Raise UserError if there is no block because all documents are longer than one."""
+    line = truncation_line(counts, block_size, rules)
+    if not blocks and line is not None:
+        raise UserError(f"no block is left: {line}; give a larger --block_size, or --truncation keep_start, keep_end or split")
+
+
 def check_block_size(block_size: int, model_config: Any) -> None:
     """Raise UserError if a block is shorter than two tokens or longer than the model's context."""
     if block_size < 2:
@@ -214,13 +235,3 @@ def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
     if largest >= vocab_size:
         raise UserError(f"the tokenizer's largest token id is {largest} ({len(tokenizer)} tokens), but the model's "
                         f"vocabulary has {vocab_size} entries; pass the model's own tokenizer (--tokenizer_name)")
-
-
-def packing_problem(model: torch.nn.Module) -> str | None:
-    """Why attention would leak between the documents of a block in this model, as one sentence; None if it does not."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return f"{type(model).__name__} takes no position_ids: the documents of a block attend to each other"
-    if model.config.get_text_config().use_cache:
-        return ("model.config.use_cache is True: transformers ignores document borders when it keeps a cache; set it to "
-                "False")
-    return None

@@ -11,6 +11,8 @@ TEXT_SUFFIXES = (".txt", ".text", ".md")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + (".parquet",)
 TEXT_DOCUMENTS = ("file", "paragraph", "line")
+PACKINGS = ("auto", "pack", "pad")
+TRUNCATIONS = ("auto", "split", "drop", "keep_start", "keep_end")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class DataSpec:
     One source: `train_files`, or `dataset_name` (a hub data set, a local data set folder, or one of BUILTIN_CORPORA).
     Held-out data: `validation_files`, or `dataset_validation_split`, else `validation_split_percentage` of the training
     documents. `text_document` says what a document of a plain text file is; `unwrap` joins hard-wrapped lines.
-    `max_train_samples` and `max_eval_samples` count blocks. `shuffle_buffer` (blocks) serves streaming only.
+    `packing` "pad" gives every document rows of its own, "auto" is "pack" where nobody asked the model; `truncation` says what
+    happens to a document longer than a block ("auto": chats are dropped, texts split). `max_train_samples` and
+    `max_eval_samples` count blocks. `shuffle_buffer` (blocks) serves streaming only.
     """
 
     train_files: tuple[str, ...] = ()
@@ -54,6 +58,8 @@ class DataSpec:
     max_eval_samples: int | None = None
     streaming: bool = False
     shuffle_buffer: int = 0
+    packing: str = "auto"
+    truncation: str = "auto"
     seed: int = 0
     synthetic_tokens: int = 1_000_000
     synthetic_seed: int = 0
@@ -102,6 +108,9 @@ class DataSpec:
     def _check_values(self) -> None:
         if self.text_document not in TEXT_DOCUMENTS:
             raise UserError(f"--text_document {self.text_document!r}: allowed are {', '.join(TEXT_DOCUMENTS)}")
+        for name, value, allowed in (("packing", self.packing, PACKINGS), ("truncation", self.truncation, TRUNCATIONS)):
+            if value not in allowed:
+                raise UserError(f"--{name} {value!r}: allowed are {', '.join(allowed)}")
         if self.unwrap and self.text_document == "line":
             raise UserError("--unwrap joins lines and --text_document line splits at them; drop one of the two flags")
         if not 0 <= self.validation_split_percentage < 100:

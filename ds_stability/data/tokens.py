@@ -15,17 +15,21 @@ import numpy as np
 from ..errors import UserError
 from .chat import encode_chat
 from .spec import Document
+from .windows import WINDOW_CHARACTERS, encode_text
 
-PIECE_CHARACTERS = 1 << 16
 BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one document, its end-of-document token included; `supervised` is None where all of them are."""
+    """Token ids of one document, its end-of-document token included; `supervised` is None where all of them are.
+
+    chat: whether it is a chat, which is not cut at the end of a block.
+    """
 
     ids: Sequence[int]
     supervised: Sequence[bool] | None = None
+    chat: bool = False
 
 
 def encode_documents(
@@ -43,12 +47,15 @@ def encode_documents(
     prefix = leading_ids(tokenizer)
     for batch in _batches(documents):
         if batch[0].messages is not None:
-            yield Encoded(*encode_chat(batch[0], tokenizer, assistant_only_loss))
+            yield Encoded(*encode_chat(batch[0], tokenizer, assistant_only_loss), chat=True)
             continue
-        pieces = [list(split_pieces(document.text)) for document in batch]
-        rows = _encode_pieces([piece for document in pieces for piece in document], tokenizer)
-        for document in pieces:
-            ids = array("i", (token for _ in document for token in next(rows)))
+        if len(batch[0].text) > WINDOW_CHARACTERS:
+            rows = [encode_text(batch[0].text, tokenizer)]
+        else:
+            rows = tokenizer([document.text for document in batch], add_special_tokens=False, return_attention_mask=False,
+                             verbose=False)["input_ids"]  # fmt: skip
+        for row in rows:
+            ids = array("i", row)
             if not ids:
                 continue
             if ids[: len(prefix)].tolist() != prefix:
@@ -58,19 +65,6 @@ def encode_documents(
             yield Encoded(ids)
 
 
-def _encode_pieces(pieces: list[str], tokenizer: Any) -> Iterator[list[int]]:
-    """The ids of each piece; some pieces at a time, so that a huge document needs no huge encoding."""
-    first = 0
-    while first < len(pieces):
-        last, size = first, 0
-        while last < len(pieces) and size < BATCH_CHARACTERS:
-            size += len(pieces[last])
-            last += 1
-        group = pieces[first:last]
-        yield from tokenizer(group, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        first = last
-
-
 def leading_ids(tokenizer: Any) -> list[int]:
     """[bos] if the tokenizer puts its BOS before a text by itself, else []."""
     ids = tokenizer("", verbose=False)["input_ids"]
@@ -78,15 +72,15 @@ def leading_ids(tokenizer: Any) -> list[int]:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Runs of texts of about BATCH_CHARACTERS; a chat is a batch of its own."""
+    """Runs of texts of about BATCH_CHARACTERS; a chat and a long text are batches of their own."""
     batch: list[Document] = []
     size = 0
     for document in documents:
-        chat = document.messages is not None
-        if batch and (chat or size >= BATCH_CHARACTERS):
+        alone = document.messages is not None or len(document.text) > WINDOW_CHARACTERS
+        if batch and (alone or size >= BATCH_CHARACTERS):
             yield batch
             batch, size = [], 0
-        if chat:
+        if alone:
             yield [document]
         else:
             batch.append(document)
@@ -95,32 +89,18 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def split_pieces(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a long text before whitespace into pieces of at most `limit` characters.
-
-    Pieces are encoded in parallel, in bounded memory. A cut changes a token at most where a tokenizer merges across
-    the whitespace.
-    """
-    start = 0
-    while len(text) - start > limit:
-        cut = max(text.rfind("\n", start + 1, start + limit), text.rfind(" ", start + 1, start + limit))
-        cut = cut if cut > start else start + limit
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
-
-
 @dataclass(frozen=True)
 class TokenStore:
     """All tokens of a corpus, one after another.
 
     ids int32 [N]; starts int64 [D + 1], the first token of each document and N at the end; supervised bool [N], or None
-    where every token is. The arrays may be memory-mapped.
+    where every token is; chats bool [D], or None where no document is a chat. The arrays may be memory-mapped.
     """
 
     ids: np.ndarray
     starts: np.ndarray
     supervised: np.ndarray | None = None
+    chats: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -145,8 +125,7 @@ class TokenStore:
         temporary = tempfile.mkdtemp(prefix=".tokens-", dir=parent)
         try:
             arrays = {"ids": self.ids, "starts": self.starts}
-            if self.supervised is not None:
-                arrays["supervised"] = self.supervised
+            arrays |= {name: values for name, values in (("supervised", self.supervised), ("chats", self.chats)) if values is not None}
             for name, values in arrays.items():
                 with open(os.path.join(temporary, name + ".npy"), "wb") as file:
                     np.save(file, values, allow_pickle=False)
@@ -176,11 +155,13 @@ class TokenStoreBuilder:
         self._ids = array("i")
         self._starts = array("q", [0])
         self._supervised: bytearray | None = None
+        self._chats = bytearray()
 
     def add(self, encoded: Encoded) -> None:
         before = len(self._ids)
         self._ids.extend(encoded.ids)
         self._starts.append(len(self._ids))
+        self._chats.append(encoded.chat)
         if encoded.supervised is not None and self._supervised is None:
             self._supervised = bytearray(b"\1") * before
         if self._supervised is not None:
@@ -189,7 +170,8 @@ class TokenStoreBuilder:
     def finish(self) -> TokenStore:
         supervised = np.frombuffer(self._supervised, dtype=np.bool_) if self._supervised is not None else None
         ids = np.frombuffer(self._ids, dtype=np.int32) if self._ids else np.zeros(0, np.int32)
-        return TokenStore(ids, np.frombuffer(self._starts, dtype=np.int64), supervised)
+        chats = np.frombuffer(self._chats, dtype=np.bool_) if any(self._chats) else None
+        return TokenStore(ids, np.frombuffer(self._starts, dtype=np.int64), supervised, chats)
 
 
 def build_store(documents: Iterable[Document], tokenizer: Any, assistant_only_loss: bool = False) -> TokenStore:
