@@ -59,6 +59,8 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block_size", type=int, default=512, help="tokens per block (default: 512)")
     for flag, default in (("text_field", "text"), ("messages_field", "messages"), ("text_document", "file")):
         parser.add_argument(f"--{flag}", default=default, metavar="NAME", help=f"as for training (default: {default})")
+    parser.add_argument("--packing", default="pack", metavar="HOW", help="pack or pad; training may find out (default: pack)")
+    parser.add_argument("--truncation", default="auto", metavar="HOW", help="of rows longer than a block, as for training (default: auto)")
     for flag in ("assistant_only_loss", "unwrap"):
         parser.add_argument(f"--{flag}", action="store_true", help="as for training")
 
@@ -88,7 +90,8 @@ def _inspect_data(args: argparse.Namespace) -> int:
     if args.json or args.stability_level is not None:
         raise UserError(f"{'--json' if args.json else '--stability_level'} belongs to a DeepSpeed JSON; leave it out with --data")
     spec = DataSpec(train_files=tuple(args.data), text_field=args.text_field, messages_field=args.messages_field,
-                    text_document=args.text_document, unwrap=args.unwrap, assistant_only_loss=args.assistant_only_loss)  # fmt: skip
+                    text_document=args.text_document, unwrap=args.unwrap, assistant_only_loss=args.assistant_only_loss,
+                    packing=args.packing, truncation=args.truncation)  # fmt: skip
     view = view_data(spec, args.tokenizer_name, args.vocab_size, args.block_size, args.rows)
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .long_documents import Rules
 from .packing import IGNORE, PackedBlocks
 from .readers import read_documents
 from .spec import DataSpec, Document, check_file
@@ -78,17 +79,18 @@ def view_data(spec: DataSpec, tokenizer_name: str | None, vocab_size: int, block
     tokenizer = load_pretrained(tokenizer_name) if tokenizer_name else train_bpe(read_documents(spec), vocab_size)
     documents = list(islice(read_documents(spec), rows))
     name = tokenizer_name or f"a BPE of {len(tokenizer)} tokens, trained on the data"
-    return view_documents(documents, tokenizer, spec.assistant_only_loss, block_size, name)
+    return view_documents(documents, tokenizer, spec, block_size, name)
 
 
-def view_documents(documents: list[Document], tokenizer: Any, assistant_only_loss: bool, block_size: int, name: str) -> DataView:
+def view_documents(documents: list[Document], tokenizer: Any, spec: DataSpec, block_size: int, name: str) -> DataView:
     """`documents` in blocks, as `load_blocks` makes them of the whole data; the remainder that it drops is shown, too."""
-    encoded = list(encode_documents(documents, tokenizer, assistant_only_loss))
+    encoded = list(encode_documents(documents, tokenizer, spec.assistant_only_loss))
     builder = TokenStoreBuilder()
     for item in encoded:
         builder.add(item)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    packed = PackedBlocks(builder.finish(), block_size, pad_id, drop_remainder=False)
+    rules = Rules(spec.truncation, alone=spec.packing == "pad")
+    packed = PackedBlocks(builder.finish(), block_size, pad_id, drop_remainder=False, rules=rules)
     rows = _Rows(documents, encoded, tokenizer)
     parts = [list(_parts(packed[index], pad_id)) for index in range(len(packed))]
     blocks = [[rows.segment(*part) for part in block] for block in parts[:MOST_BLOCKS]]

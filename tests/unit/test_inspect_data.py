@@ -66,12 +66,12 @@ def test_supervised_tokens_stand_in_brackets(place, inspect):
 
 def test_what_is_shown_is_what_is_trained(place, inspect):
     """The supervised text of the page is that of the labels that load_blocks makes."""
-    spec = DataSpec(train_files=(str(place / "a.jsonl"),), assistant_only_loss=True, validation_split_percentage=0)
+    spec = DataSpec(train_files=(str(place / "a.jsonl"),), assistant_only_loss=True, validation_split_percentage=0, truncation="split")
     tokenizer = train_bpe([json.dumps(ROWS)], 300)
     tokenizer.chat_template = CHATML
     train, _, _ = load_blocks(spec, tokenizer, 64)
     labels = [block["labels"] for block in train]
-    inspect(*flags(place, "--block_size", 64, "--html", place / "out.html"))
+    inspect(*flags(place, "--block_size", 64, "--truncation", "split", "--html", place / "out.html"))
     page = (place / "out.html").read_text(encoding="utf-8")
     sections = page.split("<section>")[1:]
     assert len(sections) >= len(labels) > 1
@@ -99,6 +99,24 @@ def test_rows_are_cut_into_blocks_and_texts_have_no_brackets_to_speak_of(place, 
     code, out, _ = inspect("--data", place / "a.txt", "--text_document", "paragraph", "--rows", 1, "--vocab_size", 259)
     assert code == 0 and "Another" not in out and "One paragraph." in out.replace("[[", "").replace("]]", "")
     assert "a BPE of" in out
+
+
+@pytest.mark.parametrize(("truncation", "shown", "missing"), [
+    ("auto", "left out, because longer than a block", "tokens 1 to"), ("keep_start", "tokens 1 to 64 of", "second"),
+    ("keep_end", "second<|eos|>", "tokens 1 to"), ("split", "tokens 65 to 128 of", "left out"),
+])  # fmt: skip
+def test_rows_longer_than_a_block_are_shown_as_they_are_cut(place, inspect, tmp_path, truncation, shown, missing):
+    (tmp_path / "c.jsonl").write_text(json.dumps(ROWS[1]) + "\n" + json.dumps(ROWS[2]))
+    code, out, _ = inspect("--data", tmp_path / "c.jsonl", "--tokenizer_name", place / "tokenizer", "--assistant_only_loss", "--block_size", 64,
+                           "--truncation", truncation)  # fmt: skip
+    assert code == 0 and shown in out and missing not in out
+    assert inspect(*flags(place, "--truncation", "shorten"))[2].startswith("error: --truncation 'shorten': allowed are auto, split")
+
+
+def test_padded_rows_have_blocks_of_their_own(place, inspect):
+    _, packed, _ = inspect(*flags(place, "--block_size", 1024))
+    _, padded, _ = inspect(*flags(place, "--block_size", 1024, "--packing", "pad"))
+    assert packed.count("block ") < padded.count("block ") == 3 and "block 3" in padded
 
 
 def test_nothing_supervised_is_said(place, inspect, tmp_path):
