@@ -41,7 +41,7 @@ def take_over(old: Json, block: Json, fresh: dict[str, Json]) -> Takeover:
     """
     before = old["config"]
     result = Takeover({**old, "config": block}, [], set(), [])
-    moments = _moments(old, before["statistics"]["ema_decay"] == block["statistics"]["ema_decay"], result.anew)
+    moments = _moments(old)
     result.state["stabilizers"] = {
         name: _STABILIZERS[name](old, block, state, moments, result) for name, state in fresh.items()
     }
@@ -65,11 +65,8 @@ def _family(block: Json, name: str) -> Json | None:
     return block["stabilizers"].get(name)
 
 
-def _moments(old: Json, same_decay: bool, anew: list[str]) -> Json:
-    """The smoothed surprisal of a trunk with feedback or with a governor; {} where it was smoothed otherwise."""
-    if not same_decay:
-        anew.append("moments of the surprisal (another statistics.ema_decay)")
-        return {}
+def _moments(old: Json) -> Json:
+    """The smoothed surprisal of a trunk with feedback or with a governor: sums with their own count, whatever their decay."""
     parts = old["stabilizers"]
     return parts["governance"]["surprisal"] if "governance" in parts else {name: parts["feedback"][name] for name in MOMENTS}
 
@@ -77,7 +74,7 @@ def _moments(old: Json, same_decay: bool, anew: list[str]) -> Json:
 def _feedback(old: Json, block: Json, fresh: Json, moments: Json, result: Takeover) -> Json:
     before = old["config"]
     same = _family(before, "feedback") == _family(block, "feedback") and not _differs(before, block, "controller")
-    if same and moments and "feedback" in old["stabilizers"]:
+    if same and "feedback" in old["stabilizers"]:
         return old["stabilizers"]["feedback"]
     result.settle.append("feedback")
     if "feedback" in old["stabilizers"]:
@@ -86,7 +83,7 @@ def _feedback(old: Json, block: Json, fresh: Json, moments: Json, result: Takeov
 
 
 def _governance(old: Json, block: Json, fresh: Json, moments: Json, result: Takeover) -> Json:
-    if moments and "governance" in old["stabilizers"] and not _differs(old["config"], block, "controller"):
+    if "governance" in old["stabilizers"] and not _differs(old["config"], block, "controller"):
         return old["stabilizers"]["governance"]
     result.settle.append("governance")
     result.anew.append(GOVERNOR)
