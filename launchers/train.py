@@ -44,6 +44,7 @@ from ds_stability.launchers.checkpoints import WholeCheckpoints, checkpoint_to_l
 from ds_stability.launchers.data_order import OrderedTrainer, check_order, in_order  # noqa: E402
 from ds_stability.launchers.final_model import export_final, prepare_final  # noqa: E402
 from ds_stability.launchers.packing import flatten, needs_flattening, say_packing, say_stream, settle_packing  # noqa: E402
+from ds_stability.launchers.schedules import ScheduledTrainer, check_schedule  # noqa: E402
 from ds_stability.launchers.setup_model import build_model, check_pretrained, load_config, load_tokenizer  # noqa: E402
 from ds_stability.launchers.setup_run import (  # noqa: E402
     RunCallback,
@@ -67,7 +68,7 @@ from ds_stability.siblings import look_around  # noqa: E402
 from ds_stability.universal import load_universal  # noqa: E402
 
 
-class StabilityTrainer(BranchingTrainer, OrderedTrainer, WholeCheckpoints):
+class StabilityTrainer(BranchingTrainer, ScheduledTrainer, OrderedTrainer, WholeCheckpoints):
     """Trainer whose evaluation loss is exact over tokens, and which makes sure that the run is as distributed as asked."""
 
     checked = False
@@ -225,6 +226,7 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         command = dataclasses.replace(command, ds_config=load_universal(command.ds_config))
     args = training_arguments(command)
     check_order(args, command.data.streaming)
+    check_schedule(args)
     if changed and not command.branches:
         check_flags(args)
     if command.branches:
