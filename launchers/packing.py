@@ -26,12 +26,12 @@ def settle_packing(command: Command, config: Any) -> tuple[Command, Borders]:
     if dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
     borders: Borders = found[0]
-    if not borders.causal:
+    if not borders.causal and not is_flash(command.model.attn_implementation):  # the stand-in may be what does not mask
         raise UserError(f"{borders.model} sees the tokens that it is to predict (a later token moves earlier logits by {borders.future:.0%} of "
                         "their spread): it is no causal language model as configured (is_decoder?)")  # fmt: skip
     packing = command.spec.packing
     if packing == "auto":
-        packing = "pack" if borders.apart else "pad"
+        packing = "pack" if borders.apart and borders.causal else "pad"
     elif packing == "pack" and not borders.apart and global_rank() == 0:
         print(f"note: --packing pack: {_why(borders)}; the documents of a block are trained in each other's context", flush=True)
     return dataclasses.replace(command, spec=dataclasses.replace(command.spec, packing=packing)), borders
