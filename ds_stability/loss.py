@@ -211,16 +211,18 @@ class StabilityLoss:
         if self.module.loss_function is self:
             self.module.loss_function = self.stock
 
-    forwards = property(lambda self: self.calls.begun)  # since the last step; those that can be, or were, differentiated
-    backwards = property(lambda self: self.calls.differentiated)  # how many of them were
+    @property
+    def backwards(self) -> int:
+        """How many forwards were differentiated since the last step."""
+        return self.calls.differentiated
 
     def require_used(self) -> None:
-        """The chunked loss must have been called since the last step, and its gradient asked for.
+        """The gradient of our loss must have been asked for since the last step.
 
         Raises:
             StabilityConfigError: the trainer computes its loss elsewhere (DPO, GRPO, Liger, a label smoother, ...).
         """
-        if self.chunked and (self.forwards == 0 or self.backwards == 0):
+        if self.chunked and self.backwards == 0:
             raise StabilityConfigError(
                 "the training loss did not pass through the model's loss function, so no stability level above 0 can act on "
                 "it (DPO, GRPO, Liger, label_smoothing_factor and compute_loss_func do this); set stability.level to 0, or train "

@@ -15,6 +15,7 @@ import math
 import numbers
 import os
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class Recorder:
 
     def __init__(self, run_dir: RunDir, tensorboard: bool = True, resume_step: int | None = None):
         self.path, self._lock, self._file = run_dir.metrics, _hold(run_dir.path / LOCK, run_dir.metrics), None
+        # Of a recorder that nobody closes: a script that has let go of a trainer may train into the folder again.
+        self._lost = weakref.finalize(self, os.close, self._lock) if self._lock is not None else None
         self._step: int | None = resume_step
         self._line: dict[str, Value] = {}
         self._writer = None
@@ -104,6 +107,7 @@ class Recorder:
 
     def _release(self) -> None:
         if self._lock is not None:
+            self._lost.detach()
             unlock(self._lock)
             self._lock = None
 

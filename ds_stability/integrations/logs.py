@@ -2,11 +2,11 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import transformers
 from deepspeed import comm as dist
-from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -30,23 +30,25 @@ def add_tags(logs: dict, metrics: Mapping[str, float | int | None]) -> None:
             logs.setdefault(key, value)
 
 
-class ShortLogs(TrainerCallback):
-    """Stands before the callback that prints: of forty tags it leaves the few in SHOWN."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for key in [key for key in logs if key.startswith("stability/") or key in _BARE]:
-            value, short = logs.pop(key), key.removeprefix("stability/")
-            if short in SHOWN:
-                logs[short] = round(value, 4)
-
-
 def shorten_printed(trainer: transformers.Trainer) -> None:
-    """Let `trainer` print few tags; once."""
-    callbacks = trainer.callback_handler.callbacks
-    if any(isinstance(callback, ShortLogs) for callback in callbacks):
-        return
-    printers = [place for place, callback in enumerate(callbacks) if isinstance(callback, PrinterCallback | ProgressCallback)]
-    callbacks.insert(printers[0] if printers else len(callbacks), ShortLogs())
+    """Let what `trainer` prints have few of our tags; once. What other callbacks get is left alone, whatever their order."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, PrinterCallback | ProgressCallback) and "on_log" not in vars(callback):
+            callback.on_log = partial(_print_short, callback.on_log)
+
+
+def _print_short(on_log: Callable, args, state, control, logs: dict, **kwargs):
+    return on_log(args, state, control, logs=shortened(logs), **kwargs)
+
+
+def shortened(logs: Mapping[str, float | int]) -> dict[str, float | int]:
+    """`logs` with those of our tags that are in SHOWN, by short names."""
+    ours = {key.removeprefix("stability/"): value for key, value in logs.items() if _is_ours(key)}
+    return {key: value for key, value in logs.items() if not _is_ours(key)} | {key: ours[key] for key in SHOWN if key in ours}
+
+
+def _is_ours(key: str) -> bool:
+    return key.startswith("stability/") or key in _BARE
 
 
 def has_tensorboard(trainer: transformers.Trainer) -> bool:

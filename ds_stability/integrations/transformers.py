@@ -101,9 +101,14 @@ def _average(name: str) -> None:
     _undo.append(lambda: setattr(transformers.Trainer, name, method))
 
 
+def _trainer() -> transformers.Trainer | None:
+    """The trainer that trains now; None for one whose `train` is its own (TRL's PPOTrainer)."""
+    return _training[-1]() if _training else None
+
+
 def _log(values: dict) -> None:
     """Through the trainer's log, to its loggers."""
-    trainer = _training[-1]() if _training else None
+    trainer = _trainer()
     if trainer is not None and values:
         trainer.log(loggable(values))
 
@@ -116,7 +121,7 @@ def _held_out(count: int) -> list[dict]:
     Raises:
         StabilityConfigError: there is none, or its rows or the collator fail.
     """
-    trainer = _training[-1]() if _training else None
+    trainer = _trainer()
     rows = trainer.eval_dataset if trainer is not None else None
     if isinstance(rows, dict):
         rows = next(iter(rows.values()), None)
@@ -253,10 +258,11 @@ class StabilityCallback(TrainerCallback):
         if engine.stability.loss is not None and engine.stability.loss.chunked:
             _check_loss(args)
         resumed = state.global_step if state.global_step > 0 else None
+        trainer = _trainer()
+        if trainer is not None:
+            shorten_printed(trainer)
+        own_board = trainer is None or not has_tensorboard(trainer)
         # torch.distributed knows who writes; a Trainer that was set up otherwise (Axolotl on CPUs) says yes on every rank.
-        trainer = _training[-1]()
-        shorten_printed(trainer)
-        own_board = not has_tensorboard(trainer)
         recorder = agree(lambda: _open_recorder(args.output_dir, resumed, own_board) if dist.get_rank() == 0 else None)
         if recorder is not None:
             engine.stability.recorder = recorder

@@ -41,7 +41,7 @@ def test_a_model_trains_as_with_its_logits(kind, items):
     assert mine.keys() == theirs.keys()
     for name, wanted in theirs.items():
         torch.testing.assert_close(mine[name], wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()) + 1e-9)
-    assert (fused.forwards, fused.backwards) == (plain.forwards, plain.backwards) == (1, 1)
+    assert (fused.calls.begun, fused.backwards) == (plain.calls.begun, plain.backwards) == (1, 1)
 
 
 def test_permuted_weights_are_those_of_the_logits_path():
@@ -257,7 +257,7 @@ def test_release_gives_the_head_back_and_another_loss_can_take_it():
     model.loss_function = first.stock
     second = install(model, True)
     model(input_ids=ids, labels=labels).loss.backward()
-    assert (second.forwards, second.backwards) == (1, 1)
+    assert (second.calls.begun, second.backwards) == (1, 1)
 
 
 @pytest.mark.parametrize("items", [None, 0, 20])
@@ -358,7 +358,7 @@ def test_nothing_is_asked_of_the_device_in_forward_and_backward(monkeypatch, pat
     once = [name for name, _ in places[1]].count("aten.allclose.default")  # what runs is checked in the first forward only
     assert once == (path == "linear") and len(places[1]) <= len(places[0]) + once, places[1]
     assert len(places[2]) <= len(places[0]), places[2]
-    assert (loss.forwards, loss.backwards) == (2, 2)
+    assert (loss.calls.begun, loss.backwards) == (2, 2)
 
 
 def test_an_entropy_bonus_is_taken_off_the_objective():

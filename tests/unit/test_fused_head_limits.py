@@ -122,7 +122,7 @@ def test_an_exception_or_a_forward_without_a_head_leaves_nothing_armed():
     assert model.lm_head(hidden).shape == (2, 9, 131)  # somebody's own use of the head
     model.forward = lambda input_ids, labels: (model.model(input_ids=input_ids).last_hidden_state,)
     model(input_ids=ids, labels=labels)
-    assert model.lm_head(hidden).shape == (2, 9, 131) and loss.forwards == 0
+    assert model.lm_head(hidden).shape == (2, 9, 131) and loss.calls.begun == 0
     del model.forward
     model.loss_function = broken  # after the head
     with pytest.raises(TypeError):

@@ -72,7 +72,7 @@ def test_measuring_leaves_no_trace():
     assert [part.training for part in model.modules()] == modes and loss.evaluation is before
     assert torch.equal(torch.get_rng_state(), state)
     assert float(before.sums_K[0]) == 0.0 and float(loss.train.sums_K[0]) == 0.0
-    assert loss.forwards == 0
+    assert loss.calls.begun == 0
 
 
 def test_the_probe_computes_no_loss():

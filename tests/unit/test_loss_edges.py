@@ -122,7 +122,7 @@ def test_evaluation_is_the_stock_loss_and_never_enters_training_statistics(chunk
     with torch.set_grad_enabled(how != "no_grad" and how != "eval"):
         value = loss(logits.detach() if how == "detached logits" else logits, labels, vocab_size=VOCAB)
     assert torch.equal(value, ForCausalLMLoss(logits, labels, VOCAB))
-    assert loss.train.vector().abs().sum() == 0 and (loss.forwards, loss.backwards) == (0, 0)
+    assert loss.train.vector().abs().sum() == 0 and (loss.calls.begun, loss.backwards) == (0, 0)
     assert loss.evaluation.sums_K[0] == 8 and loss.evaluation.sums_K[3] == 8  # weights are 1
 
 
@@ -137,7 +137,7 @@ def test_what_is_differentiated_is_training_whatever_the_mode(chunked, training)
     value = loss(logits, labels, vocab_size=VOCAB)
     again = loss(other, other_labels, vocab_size=VOCAB)
     again.backward()
-    assert loss.train.sums_K[0] == 4 and (loss.forwards, loss.backwards) == (2, 1)
+    assert loss.train.sums_K[0] == 4 and (loss.calls.begun, loss.backwards) == (2, 1)
     assert loss.close_step()[0] == 4 and loss.evaluated()[0] == (0 if training else 8)
     assert loss.evaluated().abs().sum() == loss.close_step().abs().sum() == 0
     value.backward()  # of a step that has ended, and a second backward counts nothing
@@ -211,7 +211,7 @@ def test_a_backward_after_the_next_forward_is_refused_where_gradients_would_be_l
         loss(logits, labels).backward()
     loss = make_loss()
     (loss(logits, labels) + loss(logits, labels)).backward()
-    assert (loss.forwards, loss.backwards) == (2, 2)
+    assert (loss.calls.begun, loss.backwards) == (2, 2)
 
 
 def test_require_used():
@@ -227,6 +227,10 @@ def test_require_used():
     loss.close_step()
     with pytest.raises(StabilityConfigError):
         loss.require_used()  # counted per step
+    late = loss(logits, labels)
+    loss.close_step()
+    late.backward()
+    loss.require_used()  # a forward before the last step
     make_loss(chunked=False).require_used()  # level 0 watches, and needs nothing
 
 

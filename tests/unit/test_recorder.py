@@ -1,4 +1,5 @@
 import errno
+import gc
 import json
 import math
 import multiprocessing
@@ -294,6 +295,15 @@ def test_a_forked_worker_does_not_keep_the_lock_of_a_closed_recorder(run, monkey
     Recorder(run, tensorboard=False).close()
     worker.kill()
     worker.join()
+
+
+def test_a_recorder_that_nobody_closed_keeps_no_lock(run, monkeypatch):
+    """As of a trainer that a notebook has deleted."""
+    monkeypatch.setattr(recorder_module, "LOCK_SECONDS", 0.0)
+    recorder = Recorder(run, tensorboard=False)
+    del recorder
+    gc.collect()
+    Recorder(run, tensorboard=False).close()
 
 
 def test_a_file_system_without_locks_is_written_to_all_the_same(run, monkeypatch):

@@ -2,17 +2,20 @@
 
 import random
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import datasets
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SaveStrategy
 
 from ds_stability.config import StabilityConfig
 from ds_stability.errors import StabilityConfigError
 from ds_stability.integrations import transformers as integration
+from ds_stability.integrations.logs import shorten_printed
 from ds_stability.integrations.transformers import StabilityCallback
 
 
@@ -116,3 +119,38 @@ def test_kernels_that_cannot_run_here_are_refused_before_anything_is_loaded(monk
     args = SimpleNamespace(deepspeed={"stability": {"level": 0.5, "loss_kernel": "triton"}}, average_tokens_across_devices=True)
     with pytest.raises(StabilityConfigError, match=r"pip install 'ds_stability\[triton\]'"):
         StabilityCallback().on_init_end(args, None, None)
+
+
+# ---- what is logged ---------------------------------------------------------------------------------------------------
+
+
+class Heard(transformers.TrainerCallback):
+    """A logger of the user's."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs = dict(logs)
+
+
+def test_loggers_get_all_tags_wherever_they_stand_and_the_terminal_gets_few(capsys):
+    printer, late = PrinterCallback(), Heard()
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[printer, late]))
+    for _ in range(2):
+        shorten_printed(trainer)
+    logs = {"loss": 2.5, "stability/entropy": 1.23456, "stability/mu": 3.0, "step_seconds": 0.5}
+    state = SimpleNamespace(is_local_process_zero=True)
+    for callback in trainer.callback_handler.callbacks:
+        callback.on_log(None, state, None, logs=logs)
+    assert late.logs == logs
+    printed = capsys.readouterr().out
+    assert "'entropy': '1.235'" in printed and "loss" in printed and "mu" not in printed and "seconds" not in printed
+
+
+def test_a_trainer_with_a_train_of_its_own_is_recorded(tmp_path, monkeypatch):
+    """Such a `train` does not tell which trainer it is of."""
+    stability = Mock(config=StabilityConfig().resolve(pretrained=False), loss=None, listeners=[], recorder=None, begun_anew=None)
+    monkeypatch.setattr(integration.stability_engine, "engine_of", lambda model: SimpleNamespace(stability=stability))
+    monkeypatch.setattr(integration, "agree", lambda function: function())
+    monkeypatch.setattr(integration.dist, "get_rank", lambda: 0)
+    StabilityCallback().on_train_begin(TrainingArguments(tmp_path, report_to=[], use_cpu=True), SimpleNamespace(global_step=0, max_steps=3), None)
+    assert stability.recorder.path == tmp_path / "metrics.jsonl"
+    stability.recorder.close()
