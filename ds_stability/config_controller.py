@@ -16,6 +16,8 @@ WARMUP_SCRATCH_GOVERNOR = 250
 MAX_NATS = 100.0
 #: A weight over the mean weight is at most exp(2 * 3 * gain): up to here that times a loss is a finite fp32 (and bf16) number.
 LARGEST_GAIN = 14
+#: Supervised tokens that every average remembers at least: fewer have no tail, and a ratio of their variances is biased.
+WINDOW_TOKENS = 512.0
 TARGET_ALLOWED = 'a number (nats from 0 to ln(vocabulary) for entropy, 0 to 1 for a mass), "initial" or "data"'
 _NUMBER = re.compile(r"\s*[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,3})?\s*", re.ASCII)
 #: Keys that one mode alone reads.

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from ds_stability import histogram as hist
+from ds_stability.config_controller import WINDOW_TOKENS
 from ds_stability.statistics import StepSums
 
 HISTOGRAM_DECAY = 0.75  # smooths the histogram over about 4 steps
-#: Supervised tokens that every average remembers at least: fewer have no tail, and a ratio of their variances is biased.
-WINDOW_TOKENS = 512.0
 
 
 @dataclass
@@ -114,9 +113,10 @@ class FeedbackController:
         target, ramp = 1.0 - self.level, self._ramp(state.applied_steps)
         if sums["tokens"] > 0:
             state.observe(sums, self.ema_decay)
-            if ramp >= 1.0 and self.gains is None:
+            if ramp >= 1.0:
                 self._measure(sums, target)
-                self._update_trim(target, min(1.0, sums["tokens"] / WINDOW_TOKENS))
+                if self.gains is None:
+                    self._update_trim(target, min(1.0, sums["tokens"] / WINDOW_TOKENS))
         state.applied_steps += 1
         if state.tokens > 0:
             self._choose_setting()

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ds_stability.config import StabilityConfig
+from ds_stability.config_controller import WINDOW_TOKENS
 from ds_stability.schedule import level_at
 from ds_stability.takeover import CLIPPING, GOVERNOR
 
@@ -93,6 +94,13 @@ def _remedy(config: StabilityConfig, part: str) -> str:
     return f"lower stability.controller.warmup_steps{ramp}, or raise the number of steps (--max_steps)"
 
 
+def held_ratio(metrics: Mapping[str, Any]) -> float | None:
+    """The variance ratio to set beside the target in a step: of few tokens that of the window, as their own comes out too high."""
+    windowed = metrics.get("stability/windowed_variance_ratio")
+    few = (metrics.get("stability/tokens") or 0.0) < WINDOW_TOKENS
+    return windowed if few and windowed is not None else metrics.get("stability/variance_ratio")
+
+
 class Effect:
     """Counts what the parts of a block did in the steps of this process; `config` is resolved."""
 
@@ -121,8 +129,10 @@ class Effect:
             self.acted[part] += acts[part]
 
     def _hold(self, part: str, applied_step: int, metrics: Mapping[str, Any]) -> None:
-        names = ("variance_ratio", "target_ratio") if part == "feedback" else ("governor_statistic", "governor_setpoint")
-        value, target = (metrics.get(f"stability/{name}") for name in names)
+        if part == "feedback":
+            value, target = held_ratio(metrics), metrics.get("stability/target_ratio")
+        else:
+            value, target = metrics.get("stability/governor_statistic"), metrics.get("stability/governor_setpoint")
         acts = metrics.get("stability/gain") or metrics.get("stability/entropy_bonus")
         self.acted[part] += bool(acts)
         begin = first_step(self.config, part)

@@ -6,6 +6,7 @@ step. The gradient is changed here and nowhere else, never in a bf16 buffer.
 """
 
 import torch
+from deepspeed import comm as dist
 
 from ds_stability.gradients import ReducedGradients
 from ds_stability.norms import products, squared_norm
@@ -51,6 +52,17 @@ class UpdateMeter:
     def add(self, norms: torch.Tensor) -> None:
         if self.active:
             self.sums += norms.to(self.device, non_blocking=True)
+
+    def pending(self, group) -> list[float]:
+        """The sums that still wait, over all ranks; a collective."""
+        dist.all_reduce(sums := self.sums.clone(), group=group)
+        return torch.nan_to_num(sums, nan=0.0, posinf=0.0, neginf=0.0).tolist()  # for JSON
+
+    def restore(self, pending: list[float], group) -> None:
+        """Wait with what `pending` gave: it is global already, so one rank brings it in again."""
+        self.clear()
+        if dist.get_rank(group=group) == 0:
+            self.sums += torch.tensor(pending, dtype=torch.float64, device=self.device)
 
 
 def is_plain_adamw(optimizer: torch.optim.Optimizer, group: dict) -> bool:

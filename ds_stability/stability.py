@@ -358,8 +358,6 @@ class Stability:
 
     def state_dict(self) -> dict:
         """Replicated state, JSON-ready. Collective: the update meter's pending sums are made global."""
-        dist.all_reduce(pending := self.meter.sums.clone(), group=self.group)
-        pending = torch.nan_to_num(pending, nan=0.0, posinf=0.0, neginf=0.0)  # the state is JSON
         return {
             "version": STATE_VERSION,
             "config": self.config.to_dict(),
@@ -368,7 +366,7 @@ class Stability:
             "skipped_in_a_row": self.skipped_in_a_row,
             "stabilizers": {name: part.state_dict() for name, part in self.stabilizers.items()},
             "measures": self.measures.state_dict(),
-            "update_meter": pending.tolist(),
+            "update_meter": self.meter.pending(self.group),
             "alarm": self.alarm_state if self.alarm is None else self.alarm.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
         }
@@ -396,7 +394,5 @@ class Stability:
         if self.alarm is not None and self.alarm_state is not None:
             self.alarm.load_state_dict(self.alarm_state)
         self.measures = StabilityMeasures.from_state_dict(state["measures"])
-        self.meter.clear()
-        if dist.get_rank(group=self.group) == 0:  # the sums are global already: one rank brings them in again
-            self.meter.sums += torch.tensor(state["update_meter"], dtype=torch.float64, device=self.device)
+        self.meter.restore(state["update_meter"], self.group)
         self._prepare()

@@ -2,12 +2,13 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ds_stability.effect import held_ratio
 from ds_stability.errors import UserError
 from ds_stability.recorder import read_metrics
 
@@ -97,7 +98,7 @@ def stability_rows(groups: dict[Group, list[Cell]], runs: dict[str, list[dict[st
         row["ratio"], row["ratio sd"] = _mean_sd(settled)
         row["ratios"] = [value for value in settled if value is not None]
         row["target"] = _mean_sd(_last(steps, "stability/target_ratio") for _, steps in known)[0]
-        row["saturated"] = _mean_sd(_share(steps, "stability/saturated", warmup(cell)) for cell, steps in known)[0]
+        row["saturated"] = _mean_sd(_mean_after(steps, _saturated, warmup(cell)) for cell, steps in known)[0]
         rows.append(row)
     return rows
 
@@ -115,11 +116,15 @@ def warmup(cell: Cell) -> int:
 
 def settled_ratio(cell: Cell, steps: Sequence[dict[str, Any]]) -> float | None:
     """Mean variance ratio over the steps from 31 after warm-up; None where the run is shorter than that."""
-    return _share(steps, "stability/variance_ratio", warmup(cell) + SETTLED_FROM)
+    return _mean_after(steps, held_ratio, warmup(cell) + SETTLED_FROM)
 
 
-def _share(steps: Sequence[dict[str, Any]], key: str, after: int) -> float | None:
-    values = [row[key] for row in steps if row["step"] > after and row.get(key) is not None]
+def _saturated(row: dict[str, Any]) -> float | None:
+    return row.get("stability/saturated")
+
+
+def _mean_after(steps: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], float | None], after: int) -> float | None:
+    values = [value for row in steps if row["step"] > after and (value := read(row)) is not None]
     return sum(values) / len(values) if values else None
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ds_stability.config import StabilityConfig
-from ds_stability.effect import Effect, outlook
+from ds_stability.effect import Effect, held_ratio, outlook
 
 GOVERNOR = {"controller": {"mode": "governor", "target": "initial"}}
 
@@ -73,3 +73,11 @@ def test_how_often_the_others_acted():
     assert sorted(effect.lines()) == [
         "averaging: acted in 2 of 2 steps", "clipping: acted in 1 of 2 steps", "regularization: acted in 1 of 2 steps",
     ]  # fmt: skip
+
+
+def test_of_few_tokens_the_windows_ratio_is_what_was_held():
+    """A step's own ratio is .55 on the mean where the level holds .5 at 32 tokens a step."""
+    own, window = {"stability/variance_ratio": 0.55}, {"stability/windowed_variance_ratio": 0.5}
+    assert held_ratio(own | window | {"stability/tokens": 32.0}) == 0.5
+    assert held_ratio(own | window | {"stability/tokens": 1016.0}) == held_ratio(own | {"stability/tokens": 32.0}) == 0.55
+    assert held_ratio({"stability/variance_ratio": None, "stability/tokens": None}) is None
