@@ -189,11 +189,15 @@ def shared(a: str, b: str) -> int:
 
 
 def inside(offsets: list[Span], spans: list[Span]) -> list[bool]:
-    """Whether each token begins in one of the `spans`; both in rising order."""
+    """Whether each token has a character of the `spans`; both in rising order.
+
+    Where a prompt ends with a blank ("Assistant: "), many tokenizers put it into the answer's first token, which begins before
+    its span; of an answer of one word it is all there is. A token without a character (a dummy prefix) belongs where it stands.
+    """
     marks = [False] * len(offsets)
     position = 0
     for start, end in spans:
-        while position < len(offsets) and offsets[position][0] < start:
+        while position < len(offsets) and offsets[position][1] <= start and offsets[position][0] < start:
             position += 1
         while position < len(offsets) and offsets[position][0] < end:
             marks[position] = True

@@ -22,7 +22,7 @@ from .tokenizer import tokenizer_hash
 from .tokens import TokenStore, TokenStoreBuilder, build_store, encode_documents
 
 STREAMING_EVAL_BLOCKS = 128
-ENCODING = 3  # raised when the same documents become other tokens: caches of before are not read
+ENCODING = 4  # raised when the same documents become other tokens: caches of before are not read
 
 
 def load_blocks(

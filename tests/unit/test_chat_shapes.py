@@ -122,6 +122,17 @@ def test_the_table_is_as_long_as_it_claims():
     assert len(SHAPES) >= 20 and all(values["expect"] for values in SHAPES.values())
 
 
+def test_a_blank_of_the_prompt_in_the_first_token_of_an_answer():
+    """A BPE has " no" as one token, which begins before the answer: it is the whole answer."""
+    tokenizer = train_bpe(["### Assistant: no ### User: no"] * 9, 330)
+    tokenizer.chat_template = ("{% for m in messages %}### {{ m.role | capitalize }}: {{ m.content }} {% endfor %}"
+                               "{% if add_generation_prompt %}### Assistant: {% endif %}")  # fmt: skip
+    assert " no" in {tokenizer.decode(index) for index in range(len(tokenizer))}
+    row = {"messages": [turn("user", "no"), turn("assistant", "no"), turn("user", "no")]}
+    ids, supervised = encode_chat(document_from_row(row, SPEC, "row"), tokenizer, True)
+    assert tokenizer.decode([token for token, mark in zip(ids, supervised, strict=True) if mark]) == " no"
+
+
 def test_a_weight_of_0_needs_the_loss_of_the_assistant_alone(tokenizers):
     with pytest.raises(UserError, match="row 1: message 2 has a weight of 0, which means something with --assistant_only_loss"):
         encode(tokenizers["chatml"], "weights", assistant_only_loss=False)
