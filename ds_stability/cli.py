@@ -2,7 +2,7 @@
 
     ds-stability inspect ds_configs/zero3_bf16.json --stability_level 0:0,200:0.5
 
-A mistake of the user ends with exit code 2 and one line, `error: ...`, on stderr.
+A mistake of the user ends with exit code 2 and one line, `error: ...`, on stderr; a full or failing file system with 74 and one line.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ds_stability.errors import UserError
+from ds_stability.errors import StorageError, UserError
+from ds_stability.failures import storage_reason
 from ds_stability.safe_text import safe_line
 
 
@@ -188,7 +189,7 @@ def add_export(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export", help="write final/ of a run from its newest whole checkpoint, on the CPU, in one process",
         **_epilog("ds-stability export runs/first",
-                  "0 final/ is written, and DONE if the run was trained to its end; 2 a mistake in what was given"),
+                  "0 final/ is written, and DONE if the run was trained to its end; 2 a mistake in what was given; 74 the disk is full"),
     )  # fmt: skip
     parser.add_argument("directory", metavar="RUN", help="folder of the run, the --output_dir of launchers/train.py")
     parser.set_defaults(run=_run_export)
@@ -227,6 +228,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) went away: nothing is lost, and Python must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except PermissionError as error:
+        print(f"error: {safe_line(error.filename or 'a file')}: {error.strerror}", file=sys.stderr)
+        return UserError.exit_code
+    except Exception as error:
+        reason = storage_reason(error)
+        if reason is None:
+            raise
+        print(f"error: writing failed ({safe_line(reason)}); make room, then give the same command again", file=sys.stderr)
+        return StorageError.exit_code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ had them from step 0. What the state depends on must be the trunk's: model, adap
 seed, optimizer, precision, ZeRO stage. The trunk's folder is read, and nothing is written there.
 """
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -23,6 +24,9 @@ from transformers.trainer import SCHEDULER_NAME
 
 from ds_stability import engine_of
 from ds_stability.checkpoint_files import MANIFEST
+from ds_stability.data.fingerprint import corpus_fingerprint
+from ds_stability.data.loading import split_share
+from ds_stability.data.spec import DataSpec
 from ds_stability.errors import UserError
 from ds_stability.launchers.arguments import Command, TrainArguments
 from ds_stability.launchers.data_order import Batches
@@ -31,6 +35,7 @@ from ds_stability.run_dir import RunDir, difference
 
 STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 IN_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+HELD_OUT = ("validation_files", "dataset_validation_split", "validation_split_percentage")
 _AGREEING = {
     "zero_optimization": ("stage", "sub_group_size"), "optimizer": ("type",), "scheduler": ("type",),
 }  # fmt: skip
@@ -109,6 +114,7 @@ def require_trunk(command: Command, identity: Mapping[str, Any]) -> None:
     recorded = {key: value for key, value in _mapping(manifest.get("identity")).items() if key in identity and key not in free}
     asked = {key: value for key, value in identity.items() if key not in free}
     config = _mapping(manifest.get("config"))
+    asked["data"] = _training_data(command.spec, _mapping(config.get("data")), identity["data"])
     before, now = _settings(_mapping(config.get("training")), _mapping(config.get("deepspeed"))), _settings(
         command.training, command.ds_config)
     order = data_order(manifest)
@@ -116,6 +122,14 @@ def require_trunk(command: Command, identity: Mapping[str, Any]) -> None:
     if found is not None:
         raise UserError(f"--branch_from {command.trunk}: {found}; a branch goes on with the trunk's, or starts from its weights "
                         "(--model_name_or_path RUN/final)")  # fmt: skip
+
+
+def _training_data(spec: DataSpec, before: Mapping[str, Any], fingerprint: str) -> str:
+    """The command's fingerprint as it is with the trunk's held-out text: that is free, unless it is a share of the training text."""
+    held_out = {key: before[key] for key in HELD_OUT if key in before}
+    trunk = dataclasses.replace(spec, **{key: tuple(value) if isinstance(value, list) else value for key, value in held_out.items()})
+    same = trunk == spec or split_share(trunk) != split_share(spec) or not all(map(os.path.isfile, trunk.validation_files))
+    return fingerprint if same else corpus_fingerprint(trunk)
 
 
 def trunk_of(command: Command) -> RunDir:

@@ -96,8 +96,7 @@ def _eval_blocks(store: TokenStore, block_size: int, pad_id: int, spec: DataSpec
 def _build_stores(spec: DataSpec, tokenizer: Any) -> tuple[TokenStore, TokenStore, str]:
     """(training store, held-out store, how they were split)."""
     separate = separate_validation(spec)
-    fraction = 0.0 if separate else spec.validation_split_percentage / 100
-    mode, stream = split_stream(read_documents(spec), fraction, spec.seed)
+    mode, stream = split_stream(read_documents(spec), split_share(spec), spec.seed)
     held_out: list[Document] = []
     train = build_store(_keep_apart(stream, held_out), tokenizer, spec.assistant_only_loss)
     documents = read_documents(spec, "validation") if separate else held_out
@@ -122,6 +121,11 @@ def separate_validation(spec: DataSpec) -> str | None:
     if spec.dataset_name == "builtin:synthetic" and spec.validation_split_percentage > 0:
         return "sample"
     return None
+
+
+def split_share(spec: DataSpec) -> float:
+    """The share of the training documents, from 0 to 1, that is cut off as held-out data."""
+    return 0.0 if separate_validation(spec) else spec.validation_split_percentage / 100
 
 
 def _cached_stores(

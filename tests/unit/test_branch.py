@@ -1,5 +1,6 @@
 """Branches: what the command line means, what must be the trunk's, and what is taken over from its stability state."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -129,6 +130,28 @@ def test_what_must_be_the_trunks(trunk, flags, words):
     with pytest.raises(UserError, match=words) as caught:
         require_trunk(asked, early_identity(asked, load_config(asked)))
     assert str(caught.value).startswith("--branch_from old/checkpoint-8: its run has ")
+
+
+@pytest.mark.parametrize(("trunk_flags", "flags", "fits"), [
+    (["--validation_split_percentage", "0"], ["--validation_file", "b.txt"], True),
+    (["--validation_file", "b.txt"], ["--validation_file", "c.txt"], True),
+    (["--validation_file", "b.txt"], ["--validation_split_percentage", "0"], True),
+    (["--validation_split_percentage", "5"], ["--validation_file", "b.txt"], False),  # the trunk has not trained on 5 % of the text
+    (["--validation_file", "b.txt"], ["--validation_split_percentage", "5"], False),
+    (["--validation_split_percentage", "5"], ["--validation_split_percentage", "8"], False),
+])  # fmt: skip
+def test_held_out_text_is_free_if_it_is_no_share_of_the_training_text(tmp_path, monkeypatch, trunk_flags, flags, fits):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "c.txt"):
+        Path(name).write_text(f"A text of {name}.\n\nAnd more of it.\n")
+    before, now = command(*trunk_flags), command(*flags)
+    asked = dataclasses.replace(now, resume="old/checkpoint-4", trunk="old/checkpoint-4")
+    identity = early_identity(before, load_config(before))
+    RunDir("old").create().write_manifest({"identity": identity, "seeds": {"data_seed": 42}, "config": {
+        "training": before.training | {"optim": "adamw_torch_fused", "lr_scheduler_type": "linear"},
+        "deepspeed": before.ds_config, "data": before.spec.to_dict()}})  # fmt: skip
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="its run has data = "):
+        require_trunk(asked, early_identity(asked, load_config(asked)))
 
 
 def test_a_resumed_run_keeps_the_order_of_its_blocks(trunk):

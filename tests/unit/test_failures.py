@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from ds_stability import siblings
+from ds_stability import cli, siblings
 from ds_stability.console import agree
 from ds_stability.errors import PeerLostError, SkippedStepsError, StorageError, UserError
 from ds_stability.failures import cluster_failures, peer_reason, storage_reason
@@ -201,3 +201,18 @@ def test_ranks_that_were_never_seen_are_not_missed(monkeypatch):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     assert siblings.ended_ranks() == [2]
+
+
+@pytest.mark.parametrize(("error", "code", "words"), [
+    (OSError(errno.ENOSPC, "full", "run/final/README.md"), 74, "error: writing failed (run/final/README.md: No space left on device); make room"),
+    (type("SafetensorError", (Exception,), {})("I/O error: No space left on device (os error 28)"), 74, "error: writing failed (I/O error"),
+    (PermissionError(errno.EACCES, "Permission denied", "run/train.lock"), 2, "error: run/train.lock: Permission denied"),
+])  # fmt: skip
+def test_a_subcommand_that_cannot_write_ends_in_one_line(monkeypatch, capsys, error, code, words):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_run_export", fail)
+    assert cli.main(["export", "run"]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(words) and said.count("\n") == 1
