@@ -27,6 +27,7 @@ import torch
 from ds_stability.linear_pass import Pass
 from ds_stability.linear_spec import LossSpec, Tokens
 from ds_stability.objectives.token import closed_form
+from ds_stability.weighted_loss import require_first_order
 
 #: Unsupervised tokens are left out where no more than this share is supervised: matrix products like round numbers of rows.
 WORTH = 0.9
@@ -81,6 +82,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, _):
+        require_first_order()
         if ctx.work is None:
             raise RuntimeError("the linear loss keeps its gradients for one backward pass; set loss_path to \"chunked\" "
                                "where a graph is walked twice (retain_graph)")  # fmt: skip

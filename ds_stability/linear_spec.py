@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ds_stability.controller import Setting
-from ds_stability.loss import Objective, cross_entropy
+from ds_stability.weighted_loss import Objective, cross_entropy
 
 #: Rows of `Tokens.values_KN`.
 FIELDS = ("surprisal", "entropy", "top1_mass", "log_partition", "high_frequency_mass", "weight", "objective")

@@ -5,7 +5,7 @@ import random
 import torch
 
 from ds_stability.errors import StabilityConfigError
-from ds_stability.loss import IGNORE_INDEX, Objective, RowObjective, cross_entropy
+from ds_stability.loss import IGNORE_INDEX
 from ds_stability.objectives import token
 from ds_stability.objectives.config import (
     CrossEntropy,
@@ -22,6 +22,7 @@ from ds_stability.objectives.config import (
 from ds_stability.objectives.reverse_kl import Reference, reverse_kl
 from ds_stability.objectives.rows import MicroBatch, micro_batch
 from ds_stability.objectives.unlikelihood import repeated_ngrams, sequence_level, token_level
+from ds_stability.weighted_loss import Objective, RowObjective, cross_entropy
 
 
 def token_objective(config: Objectives) -> Objective:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_stability.errors import StabilityConfigError, UserError
-from ds_stability.loss import Objective, RowObjective, cross_entropy
+from ds_stability.weighted_loss import Objective, RowObjective, cross_entropy
 
 #: Arguments of a forward that decide what the logits are; labels are not among them.
 INPUTS = ("input_ids", "attention_mask", "position_ids")

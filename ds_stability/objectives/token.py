@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ds_stability.loss import Objective, cross_entropy
+from ds_stability.weighted_loss import Objective, cross_entropy
 
 TINY = 1e-30  # keeps the powers of 1 - p below 1 finite at p = 1, where what they multiply is 0
 

@@ -8,8 +8,8 @@ Shape suffixes: B sequences, T positions, N tokens of the micro-batch, C tokens 
 import torch
 import torch.nn.functional as F
 
-from ds_stability.loss import Objective, RowObjective, cross_entropy
 from ds_stability.objectives.rows import MicroBatch
+from ds_stability.weighted_loss import Objective, RowObjective, cross_entropy
 
 MAX_CANDIDATES = 2**20  # rows * positions that are scattered at a time: 8 MiB of indices
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from ds_stability.loss import Objective, RowObjective, cross_entropy
 from ds_stability.objectives.token import ClosedForm, closed_form, smoothed
+from ds_stability.weighted_loss import Objective, RowObjective, cross_entropy
 
 
 def z_loss_objective(coefficient: float, base: Objective = cross_entropy) -> Objective:

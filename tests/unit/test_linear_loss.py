@@ -210,6 +210,8 @@ def test_a_lost_step_is_seen_in_every_gradient():
 def test_only_what_needs_a_gradient_gets_one_and_the_graph_is_walked_once():
     hidden, weight, bias, targets = make_head(11)
     loss, _, _ = linear_loss(hidden, weight.detach(), bias.detach(), targets, LossSpec(SETTING))
+    with pytest.raises(RuntimeError, match="differentiated again"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
     (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True)
     close(gradient, oracle(hidden, weight, bias, targets, LossSpec(SETTING))[1][0], 1e-5)
     with pytest.raises(RuntimeError, match="one backward pass"):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -164,6 +165,24 @@ def test_a_repeated_forward_of_checkpointing_counts_once():
         run = lambda tensor: loss(tensor * 1.0, labels, vocab_size=VOCAB)  # noqa: E731, B023
         torch.utils.checkpoint.checkpoint(run, logits, use_reentrant=reentrant).backward()
         assert loss.train.sums_K[0] == 8 and loss.backwards == 1
+
+
+def test_a_checkpoint_around_model_and_loss_is_no_forward_in_between():
+    """Its repeated forward comes after the backward has begun."""
+    logits, labels = make_batch(3)
+    loss = make_loss()
+    loss.interleaved = True
+    run = lambda tensor: loss(tensor * 1.0, labels, vocab_size=VOCAB)  # noqa: E731
+    torch.utils.checkpoint.checkpoint(run, logits, use_reentrant=False).backward()
+    assert loss.train.sums_K[0] == 8 and loss.backwards == 1
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    logits, labels = make_batch(3)
+    for chunked in (False, True):
+        value = make_loss(chunked)(logits, labels, vocab_size=VOCAB)
+        with pytest.raises(RuntimeError, match="differentiated again") if chunked else nullcontext():
+            torch.autograd.grad(value, logits, create_graph=True)[0].square().sum().backward()
 
 
 def test_a_loss_that_is_made_of_the_logits_is_measured_at_level_0():
