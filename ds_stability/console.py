@@ -54,7 +54,10 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
         if global_rank() == 0:
             print(f"stopped: {stop}", file=sys.stderr, flush=True)
         return stop.exit_code
-    except (UserError, SkippedStepsError, ExportError) as error:
+    except UserError as error:
+        _speak(error)
+        return _refuse(error.exit_code)
+    except (SkippedStepsError, ExportError) as error:
         _speak(error)
         return error.exit_code
     except (PeerLostError, StorageError) as error:
@@ -64,6 +67,16 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
             time.sleep(SPEAK_AFTER_SECONDS)  # the launcher ends this one, and returns the code of the rank that failed first
         os._exit(error.exit_code)  # a communicator without its peers can hang in its destructor
     return 0
+
+
+def _refuse(code: int) -> int:
+    """`code`; a member of a process group leaves with it at once, as gloo's threads now and then abort an orderly end (-6)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _speak(error: UserError | SkippedStepsError | ExportError | PeerLostError | StorageError) -> None:

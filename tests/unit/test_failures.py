@@ -216,3 +216,23 @@ def test_a_subcommand_that_cannot_write_ends_in_one_line(monkeypatch, capsys, er
     assert cli.main(["export", "run"]) == code
     said = capsys.readouterr().err
     assert said.startswith(words) and said.count("\n") == 1
+
+
+REFUSED = """
+import atexit, sys
+import torch.distributed as dist
+from ds_stability.console import run_script
+from ds_stability.errors import UserError
+
+def main(argv):
+    dist.init_process_group("gloo", init_method=f"file://{argv[0]}", rank=0, world_size=1)
+    raise UserError("--what it was")
+
+atexit.register(print, "an orderly end")  # in which gloo's threads may abort the process, exit code and all
+sys.exit(run_script(main))
+"""
+
+
+def test_who_is_refused_in_a_process_group_leaves_at_once_with_its_code(tmp_path):
+    done = subprocess.run([sys.executable, "-c", REFUSED, str(tmp_path / "store")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: --what it was\n")
