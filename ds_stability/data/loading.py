@@ -55,7 +55,7 @@ def load_blocks(
     evaluation = _eval_blocks(eval_store, block_size, pad_id, spec, rules) if info["held_out"] != "none" else None
     info |= {"train": _facts(train_store, train), "token_fingerprint": train_store.fingerprint()}
     info["train"] |= _plan_facts(packed)
-    info["train"] |= check_store(spec, train, evaluation, train_store)
+    info["train"] |= check_store(spec, train, evaluation, train_store, rules, block_size)
     info["validation"] = _facts(eval_store, evaluation) if evaluation is not None else None
     return train, evaluation, info
 

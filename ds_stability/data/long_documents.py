@@ -43,6 +43,15 @@ class Rules:
 PACK = Rules()
 
 
+def kept(length: int, size: int, truncation: str) -> list[tuple[int, int]]:
+    """The pieces [first, last) of a document of `length` tokens that go into blocks of `size`."""
+    if length <= size:
+        return [(0, length)]
+    if truncation == "split":
+        return [(first, min(first + size, length)) for first in range(0, length, size)]
+    return {"drop": [], "keep_start": [(0, size)], "keep_end": [(length - size, length)]}[truncation]
+
+
 class Piece(NamedTuple):
     """The tokens [first, last) of a document, whatever stands for it."""
 
@@ -81,7 +90,7 @@ class Planner:
         if self.rules.flows(chat):
             yield from self._flow(document, length)
             return
-        spans = self._spans(length, self.rules.of(chat)) if long else [(0, length)]
+        spans = kept(length, self.size, self.rules.of(chat))
         self.counts["cut_tokens"] += length - sum(last - first for first, last in spans)
         for first, last in spans:
             yield from self._place(Piece(document, first, last))
@@ -103,11 +112,6 @@ class Planner:
             if not self.flow.free:
                 yield self.flow.pieces
                 self.flow = _Open(self.size)
-
-    def _spans(self, length: int, truncation: str) -> list[tuple[int, int]]:
-        if truncation == "split":
-            return [(first, min(first + self.size, length)) for first in range(0, length, self.size)]
-        return {"drop": [], "keep_start": [(0, self.size)], "keep_end": [(length - self.size, length)]}[truncation]
 
     def _place(self, piece: Piece) -> Iterator[list[Piece]]:
         length = piece.last - piece.first

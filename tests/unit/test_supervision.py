@@ -55,6 +55,18 @@ def test_chats_without_supervised_tokens_are_counted(tmp_path, tokenizer, caplog
     assert not said or (f"{silent} of {total} chats" in said[0] and f"({share})" in said[0])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_answer_that_truncation_cuts_off_is_no_answer(tmp_path, tokenizer, caplog, streaming):
+    long = [{"role": "user", "content": "why " * 200}, {"role": "assistant", "content": "because"}]
+    path = tmp_path / "a.jsonl"
+    chats(path, *["good"] * 20)
+    path.write_text(path.read_text() + "\n" + "\n".join([json.dumps({"messages": long})] * 20))
+    counts = {how: load(str(path), tokenizer, streaming=streaming, truncation=how)[2]["train"]["chats_without_supervised_tokens"]
+              for how in ("drop", "keep_start", "keep_end", "split")}  # fmt: skip
+    assert counts == {"drop": 0, "keep_start": 20, "keep_end": 0, "split": 0}
+    assert "cut off by --truncation" in caplog.text
+
+
 def test_held_out_data_without_a_supervised_token_is_an_error(tmp_path, tokenizer):
     path = chats(tmp_path / "a.jsonl", *["good"] * 20)
     with pytest.raises(UserError, match="the held-out data .* has no supervised token"):
