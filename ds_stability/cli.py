@@ -192,6 +192,7 @@ def add_export(subparsers: Any) -> None:
                   "0 final/ is written, and DONE if the run was trained to its end; 2 a mistake in what was given; 74 the disk is full"),
     )  # fmt: skip
     parser.add_argument("directory", metavar="RUN", help="folder of the run, the --output_dir of launchers/train.py")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model of the run came with")
     parser.set_defaults(run=_run_export)
 
 

@@ -1,5 +1,6 @@
 """How a script of ours speaks: one rank, one line for a user's mistake, quiet libraries."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -70,9 +71,10 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
 
 
 def _refuse(code: int) -> int:
-    """`code`; a member of a process group leaves with it at once, as gloo's threads now and then abort an orderly end (-6)."""
+    """`code`; a member of a process group leaves with it here, as gloo's threads now and then abort the interpreter's own end (-6)."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        atexit._run_exitfuncs()  # loader workers and loggers end as ever
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

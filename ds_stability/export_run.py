@@ -42,7 +42,7 @@ class _Tokenizer:
             shutil.copyfile(path, Path(folder) / path.name)
 
 
-def export_run(path: str | os.PathLike) -> tuple[int, bool]:
+def export_run(path: str | os.PathLike, trust_remote_code: bool = False) -> tuple[int, bool]:
     """Write RUN/final, and DONE if the run was trained to its end; an earlier final/ is replaced.
 
     Call it while nobody trains in the folder.
@@ -51,7 +51,8 @@ def export_run(path: str | os.PathLike) -> tuple[int, bool]:
         (step of the exported weights, whether the run is complete)
 
     Raises:
-        UserError: no run, no whole checkpoint, a run of an earlier version, or a base model that is gone.
+        UserError: no run, no whole checkpoint, a run of an earlier version, a base model that is gone, or a model with code of its
+            own without `trust_remote_code`.
     """
     run = RunDir(path)
     manifest = run.read_manifest()
@@ -61,7 +62,7 @@ def export_run(path: str | os.PathLike) -> tuple[int, bool]:
     checkpoint, state = _checkpoint(run, manifest)
     try:
         dtype = _dtype(manifest["config"])
-        module, weights = _model(manifest, description, dtype), _weights(checkpoint)
+        module, weights = _model(manifest, description, dtype, trust_remote_code), _weights(checkpoint)
         if not _is_partitioned(tag_folder(checkpoint)):
             module.to(dtype)  # as DeepSpeed does there, adapters included
         block, tag = manifest["config"]["stability"], tag_folder(checkpoint)
@@ -99,17 +100,18 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16 if "bf16" in enabled else torch.float16 if "fp16" in enabled else torch.float32
 
 
-def _model(manifest: Mapping[str, Any], description: Path, dtype: torch.dtype) -> torch.nn.Module:
+def _model(manifest: Mapping[str, Any], description: Path, dtype: torch.dtype, trust_remote_code: bool) -> torch.nn.Module:
     """The model as the run built it; an adapter's base with its weights, all else on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     flags = manifest["config"]["model"]
-    code = flags["trust_remote_code"]
-    config = AutoConfig.from_pretrained(description, trust_remote_code=code)
+    if flags["trust_remote_code"] and not trust_remote_code:
+        raise UserError(f"{description.parent}: was trained with --trust_remote_code; read that code, then give --trust_remote_code here too")
+    config = AutoConfig.from_pretrained(description, trust_remote_code=trust_remote_code)
     generation = GenerationConfig.from_pretrained(description)
     if not (description / ADAPTER).is_dir():
         with torch.device("meta"):  # buffers that are not stored stay there, and are not saved
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=code)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         model.generation_config = generation
         return model
     from peft import PeftConfig, get_peft_model
@@ -117,7 +119,8 @@ def _model(manifest: Mapping[str, Any], description: Path, dtype: torch.dtype) -
     source = manifest["identity"]["model"] if os.path.isdir(manifest["identity"]["model"]) else flags["model_name_or_path"]
     if source is None:
         raise UserError("the adapter's base is a fresh model, whose weights no checkpoint holds; resume the run instead")
-    base = load_causal_lm(source, f"base model {source}", config=config, dtype=dtype, revision=flags["model_revision"], trust_remote_code=code)
+    base = load_causal_lm(source, f"base model {source}", config=config, dtype=dtype, revision=flags["model_revision"],
+                          trust_remote_code=trust_remote_code)  # fmt: skip
     base.generation_config = generation
     return get_peft_model(base, PeftConfig.from_pretrained(description / ADAPTER))
 

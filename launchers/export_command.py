@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     if lock is None:
         raise UserError(f"{folder.path}: a process is training in this folder; wait for it to end")
     try:
-        step, complete = export_run(folder.path)
+        step, complete = export_run(folder.path, args.trust_remote_code)
     finally:
         os.close(lock)
     note = "" if complete else "; the run is not complete, so there is no DONE"

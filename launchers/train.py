@@ -212,13 +212,11 @@ def raise_if_stopped(trainer, callback: RunCallback, run: RunDir, signals: StopS
                            f"saved in {run.checkpoint(trainer.state.global_step)}; --resume_from_checkpoint auto goes on from it")
 
 
-def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
-    """The run, within the process group: data, model, training, export.
+def settle(command: Command, config):
+    """(command, what the model does with borders of documents, training arguments, whether the number of processes has changed).
 
-    Raises:
-        StoppedError: a signal or the alarm stopped it; a checkpoint of the last step is saved.
+    What is decided and checked within the process group before any data is read.
     """
-    keeps_cache = config.get_text_config().use_cache
     command, borders = settle_packing(command, config)
     command = dataclasses.replace(command, resume=checkpoint_to_load(command))
     changed = world_has_changed(command)
@@ -231,6 +229,17 @@ def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
         check_flags(args)
     if command.branches:
         agree(lambda: require_trunk(command, early_identity(command, config)))
+    return command, borders, args, changed
+
+
+def train(command: Command, run: RunDir, config, signals: StopSignals) -> None:
+    """The run, within the process group: data, model, training, export.
+
+    Raises:
+        StoppedError: a signal or the alarm stopped it; a checkpoint of the last step is saved.
+    """
+    keeps_cache = config.get_text_config().use_cache
+    command, borders, args, changed = settle(command, config)
     set_seed(args.seed)
     tokenizer, config = agree(lambda: load_tokenizer(command, config))
     train_data, eval_data, facts = load_data(command, tokenizer, args, borders.positions)
