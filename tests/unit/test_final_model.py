@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from ds_stability import export_run
 from ds_stability.config import StabilityConfig
 from ds_stability.data.frequency import HighFrequencySet
 from ds_stability.data.tokenizer import train_bpe
@@ -109,3 +110,9 @@ def test_a_failed_merge_keeps_the_adapter(model, tokenizer, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
     loaded = PeftModel.from_pretrained(LlamaForCausalLM(model.config), tmp_path / "adapter")
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in expected.items()) and expected
+
+
+def test_export_runs_a_models_own_code_only_where_a_flag_says_so(tmp_path):
+    manifest = {"config": {"model": {"trust_remote_code": True}}}
+    with pytest.raises(UserError, match="was trained with --trust_remote_code; read that code, then give --trust_remote_code here too"):
+        export_run._model(manifest, tmp_path / "description", torch.float32, trust_remote_code=False)
