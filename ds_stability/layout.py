@@ -33,20 +33,15 @@ class Piece:
     total: int
 
 
-def sliced_pieces(totals: Mapping[str, int], rank: int, ranks: int) -> list[Piece]:
-    """One partition of ZeRO-3: of each parameter (name -> numel) slice `rank` of `ranks`, padding left out."""
+def sliced_pieces(cuts: Iterable[tuple[str, int, int, int]]) -> list[Piece]:
+    """One partition of ZeRO-3: of each parameter (name, numel, rank, ranks) slice `rank` of `ranks`, padding left out."""
     pieces, offset = [], 0
-    for name, total in totals.items():
+    for name, total, rank, ranks in cuts:
         width = -(-total // ranks)
-        pieces.append(_slice(name, total, rank * width, offset, width))
+        start = min(rank * width, total)
+        pieces.append(Piece(name, start, offset, min(width, total - start), total))
         offset += width
     return [piece for piece in pieces if piece.numel > 0]
-
-
-def _slice(name: str, total: int, start: int, offset: int, width: int) -> Piece:
-    """The piece of a slice of `width` elements that begins at `start`; what lies past the parameter's end is padding."""
-    start = min(start, total)
-    return Piece(name, start, offset, min(width, total - start), total)
 
 
 def ranged_pieces(places: Mapping[str, tuple[int, int]], start: int, size: int) -> list[Piece]:
@@ -98,7 +93,7 @@ def clear_padding(partitions: Iterable[torch.Tensor], layout: list[list[Piece]])
 
 def _slices_of_group(names: Mapping[torch.nn.Parameter, str], group, partition: torch.Tensor) -> list[Piece]:
     """Each parameter is cut over a group of its own: that of an expert is smaller than the optimizer's."""
-    pieces, offset = [], 0
+    cuts, size = [], 0
     for parameter in group:
         ranks, rank = dist.get_world_size(group=parameter.ds_process_group), dist.get_rank(group=parameter.ds_process_group)
         width = parameter.partition_numel()
@@ -107,14 +102,14 @@ def _slices_of_group(names: Mapping[torch.nn.Parameter, str], group, partition: 
                 f"{names[parameter]} has {parameter.ds_numel} elements and DeepSpeed holds {width} of them on each of {ranks} ranks, "
                 "which ds_stability does not understand; use plain deepspeed.initialize"
             )
-        pieces.append(_slice(names[parameter], parameter.ds_numel, rank * width, offset, width))
-        offset += width
-    if offset != partition.numel():
+        cuts.append((names[parameter], parameter.ds_numel, rank, ranks))
+        size += width
+    if size != partition.numel():
         raise StabilityConfigError(
-            f"the slices of {names[group[0]]} and its neighbors have {offset} elements and their partition {partition.numel()}, which "
+            f"the slices of {names[group[0]]} and its neighbors have {size} elements and their partition {partition.numel()}, which "
             "ds_stability does not understand; use plain deepspeed.initialize"
         )
-    return [piece for piece in pieces if piece.numel > 0]
+    return sliced_pieces(cuts)
 
 
 def _one_behind_the_other(names: Mapping[torch.nn.Parameter, str], group) -> dict[str, tuple[int, int]]:

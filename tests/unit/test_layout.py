@@ -15,6 +15,11 @@ NUMELS = st.lists(st.integers(1, 23), min_size=1, max_size=7)
 RANKS = st.integers(1, 6)
 
 
+def one_group(totals, rank, ranks):
+    """Rank `rank`'s pieces of ZeRO-3 where all parameters (name -> numel) are cut over the same ranks."""
+    return sliced_pieces((name, total, rank, ranks) for name, total in totals.items())
+
+
 def whole_of(totals):
     """name -> a distinct value for every element of every parameter."""
     first, values = 1.0, {}
@@ -27,7 +32,7 @@ def whole_of(totals):
 def sliced(totals, ranks):
     """[(pieces, numel of the partition)] of every rank, as ZeRO-3 cuts."""
     size = sum(-(-total // ranks) for total in totals.values())
-    return [(sliced_pieces(totals, rank, ranks), size) for rank in range(ranks)]
+    return [(one_group(totals, rank, ranks), size) for rank in range(ranks)]
 
 
 def ranged(totals, ranks, alignment=2):
@@ -104,14 +109,14 @@ def two_ranks(tmp_path):
     totals = {"a": 5, "b": 4}
     for rank, (pieces, size) in enumerate(sliced(totals, 2)):
         save_slices(tmp_path, {MEAN: {0: filled(whole_of(totals), pieces, size)}}, [pieces], rank, 2)
-    return tmp_path, sliced_pieces(totals, 0, 1)
+    return tmp_path, one_group(totals, 0, 1)
 
 
 def test_the_same_rank_reads_its_own_file_only(two_ranks):
     folder, _ = two_ranks
     (folder / "ds_stability_rank_00000.safetensors").write_bytes(b"torn")
     tensor = torch.zeros(5)
-    load_slices(folder, MEAN, [tensor], [sliced_pieces({"a": 5, "b": 4}, 1, 2)], rank=1)
+    load_slices(folder, MEAN, [tensor], [one_group({"a": 5, "b": 4}, 1, 2)], rank=1)
     assert tensor.tolist() == [4.0, 5.0, 0.0, 8.0, 9.0]
 
 
@@ -129,7 +134,7 @@ def test_a_missing_rank_is_named(two_ranks):
 
 def test_another_model_is_refused(two_ranks):
     with pytest.raises(StabilityConfigError, match="a had 5 elements, this model's has 6"):
-        load_slices(two_ranks[0], MEAN, [torch.zeros(10)], [sliced_pieces({"a": 6, "b": 4}, 0, 1)], rank=0)
+        load_slices(two_ranks[0], MEAN, [torch.zeros(10)], [one_group({"a": 6, "b": 4}, 0, 1)], rank=0)
 
 
 class Expert(torch.nn.Parameter):
@@ -166,7 +171,7 @@ def test_slices_that_do_not_cover_the_partition_are_refused(groups, width, size)
 
 
 def test_padding_is_cleared_and_nothing_else():
-    pieces = sliced_pieces({"a": 5, "b": 1, "c": 3}, 1, 2)  # slices of 3, 1 and 2 elements: 2, 0 and 1 of them real
+    pieces = one_group({"a": 5, "b": 1, "c": 3}, 1, 2)  # slices of 3, 1 and 2 elements: 2, 0 and 1 of them real
     tensor = torch.full((6,), torch.nan)
     tensor[:2], tensor[4:5] = 1.0, 2.0
     clear_padding([tensor], [pieces])
