@@ -69,7 +69,7 @@ def write_report(folder: Path, output: Path | None = None, baseline_level: float
     """Read evals/NAME, write results.parquet, report/ and tensorboard/; the page's path.
 
     Raises:
-        UserError: nothing to report on, two cells that are one, or a wrong predictions file.
+        UserError: nothing to report on, or a wrong predictions file.
     """
     predictions = predictions or next((folder / name for name in PREDICTION_FILES if (folder / name).exists()), None)
     analysis = analyze(read_evaluation(folder), baseline_level, predictions)

@@ -2,14 +2,14 @@
 
     evals/NAME/cells/ID/{cell.json, scores.json, items.parquet, samples.jsonl, DONE}
 
-Nothing is dropped in silence: a cell without DONE, or whose results cannot be read, is `Incomplete`; what a whole cell
-lacks beside its scores (samples cut off, no training metrics) is a problem that the report prints.
+Nothing is dropped in silence: a cell without DONE, whose results cannot be read, or that is there twice is `Incomplete`; what a
+whole cell lacks beside its scores (samples cut off, no training metrics) is a problem that the report prints.
 """
 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     """All cells under `folder`/cells.
 
     Raises:
-        UserError: no such folder, no complete cell, two cells with one id, or two with one (arm, level, architecture, seed).
+        UserError: no such folder, or no complete cell.
     """
     if not (folder / "cells").is_dir():
         raise UserError(f"{folder}: no folder cells/ in it; give the --output_dir of ds-stability eval (evals/NAME)")
@@ -109,7 +109,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         reasons = "; ".join(f"{cell.id}: {cell.reason}" for cell in found.incomplete[:3]) or "cells/ is empty"
         raise UserError(f"{folder}: no complete cell to report on ({reasons})")
     _name_variants(found.cells)
-    _refuse_twins(found.cells)
+    _leave_out_twins(found)
     found.problems += _disagreements(found.cells)
     return found
 
@@ -245,21 +245,23 @@ def _extra_axes(cell: Cell) -> dict[str, str]:
     return {str(name): str(value) for name, value in (axes or {}).items() if name not in OWN_AXES}
 
 
-def _refuse_twins(cells: Sequence[Cell]) -> None:
-    _refuse_equal(cells, lambda cell: cell.id, "id")
-    runs = [cell for cell in cells if cell.meta.get("run")]
-    _refuse_equal(runs, lambda cell: (cell.arm, cell.level, cell.architecture, cell.seed), "(arm, level, architecture, seed)")
-
-
-def _refuse_equal(cells: Sequence[Cell], identity: Callable[[Cell], Any], what: str) -> None:
+def _leave_out_twins(found: Evaluation) -> None:
+    """Of two cells with one id, or one place in the sweep, the later by folder name goes: they would be counted as two."""
     seen: dict[Any, Cell] = {}
-    for cell in cells:
-        other = seen.setdefault(identity(cell), cell)
-        if other is not cell:
-            raise UserError(
-                f"cells {other.folder.name} and {cell.folder.name} have one {what}, {identity(cell)}: they would be counted "
-                f"as two; take one out of {cell.folder.parent}"
-            )
+    kept = []
+    for cell in found.cells:  # by folder name
+        place = (cell.arm, cell.level, cell.architecture, cell.seed) if cell.meta.get("run") else None
+        named = {("id", cell.id): f"id, {cell.id}"}
+        if place is not None:
+            named["place", place] = f"place in the sweep (arm, level, architecture, seed), {place}"
+        twin = next((key for key in named if key in seen), None)
+        if twin is None:
+            seen |= dict.fromkeys(named, cell)
+            kept.append(cell)
+            continue
+        found.incomplete.append(Incomplete(cell.folder.name, f"it has the {named[twin]}, of cell {seen[twin].folder.name}; take one "
+                                                             f"of the two out of {cell.folder.parent}"))  # fmt: skip
+    found.cells = kept
 
 
 def _disagreements(cells: Sequence[Cell]) -> list[str]:

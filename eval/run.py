@@ -28,6 +28,7 @@ from ds_stability.errors import UserError  # noqa: E402
 from ds_stability.eval.command import check, run_parser  # noqa: E402
 from ds_stability.eval.suite import Suite  # noqa: E402
 from ds_stability.launch_environment import complete_environment  # noqa: E402
+from ds_stability.safe_text import safe_line  # noqa: E402
 
 SEEN_SECONDS = 10.0  # a network file system may show a new file late
 
@@ -91,7 +92,7 @@ def plan_cells(args: Any, suite: Suite, device_kind: str) -> list[Plan]:
     from ds_stability.eval.cell import CellDir, cell_ids, file_sha, high_frequency_file, resolve_model
 
     suite.require_files()
-    models = [resolve_model(model) for model in args.models]
+    models = _once([resolve_model(model) for model in args.models], args.cell_names)
     ids = cell_ids(models, args.cell_names)
     from ds_stability.eval.loading import fingerprint
     from ds_stability.eval.results import SCORES_VERSION
@@ -117,6 +118,16 @@ def plan_cells(args: Any, suite: Suite, device_kind: str) -> list[Plan]:
         plans.append(Plan(cell_id, model, source, identity, CellDir(args.output_dir, cell_id).check(identity)))
     _warn_of_sets(plans)
     return plans
+
+
+def _once(models: list[Any], names: list[str] | None) -> list[Any]:
+    """`models` without those that were given before (in other words, perhaps), which stderr names; with `names` for each: all."""
+    places = [os.path.realpath(model.load) if os.path.isdir(model.load) else model.load for model in models]
+    kept = [number for number, place in enumerate(places) if names is not None or places.index(place) == number]
+    for number in set(range(len(models))) - set(kept):
+        print(safe_line(f"warning: --model {models[number].given} is given twice (as {models[places.index(places[number])].given}): "
+                        "the second is left out"), file=sys.stderr)  # fmt: skip
+    return [models[number] for number in kept]
 
 
 def _warn_of_sets(plans: list[Plan]) -> None:
@@ -179,6 +190,7 @@ def texts_of(plan: Plan, suite: Suite, loaded: Any) -> Any:
 
 def evaluate(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any) -> None:
     """One cell, from the model to DONE. Call on every rank."""
+    from ds_stability.data.tokenizer import tokenizer_hash
     from ds_stability.eval.cell import CellDir
     from ds_stability.eval.results import all_measured, scores
     from ds_stability.eval.tasks import build_tasks, high_frequency, load_model, run_downstream, scoring_context
@@ -206,7 +218,8 @@ def evaluate(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any) -> Non
             measured = all_measured(tasks, records, cell.scratch, context, texts.prompts, suite) + downstream
             scored = scores(plan.cell_id, measured, suite.bootstrap.resamples)
             clock.lap("measuring")
-            cell.finish(describe_cell(plan, args, suite, ranks, place, texts.facts, clock.seconds), scored, measured)
+            facts = {**texts.facts, "tokenizer": tokenizer_hash(loaded.tokenizer)}
+            cell.finish(describe_cell(plan, args, suite, ranks, place, facts, clock.seconds), scored, measured)
 
         ranks.from_first(finish)
     finally:

@@ -200,9 +200,20 @@ def make_texts(source: TextSource, suite: Suite, tokenizer: Any, vocab_size: int
         "train_characters": sum(map(len, train_texts)),
         "train_tokens_counted": None if unigrams is None else int(unigrams.sum()),
         "high_frequency_words": None if words is None else len(words),
+        # What the report compares by: unit k of two cells is the same one only if its text is.
+        "prompts_sha": texts_sha(prompt.text for prompt in prompts), "held_out_sha": texts_sha(held_out_texts),
+        "train_sha": texts_sha(train_texts),
     }  # fmt: skip
     return Texts(tuple(prompts), tuple(held_out_texts), tuple(train_texts), tuple(p.reference_ids for p in kept),
                  tuple(p.reference_text for p in kept), unigrams, bigrams, words, facts)  # fmt: skip
+
+
+def texts_sha(texts: Iterable[str]) -> str:
+    """sha256 (hex) of texts in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
 
 
 def _prompts(suite: Suite, held_out: list[str], tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:

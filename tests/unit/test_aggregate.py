@@ -207,14 +207,18 @@ def test_scores_without_rows_make_the_cell_incomplete(folder):
     assert "scores.json" in read_evaluation(folder).incomplete[0].reason
 
 
-def test_two_cells_with_one_place_in_the_sweep_are_refused(folder):
-    shutil.copytree(folder / "cells" / "gpt2-feedback-1-0", folder / "cells" / "again")
-    meta = json.loads((folder / "cells" / "again" / "cell.json").read_text())
-    with pytest.raises(UserError, match=r"again and gpt2-feedback-1-0 have one id"):
-        read_evaluation(folder)
-    (folder / "cells" / "again" / "cell.json").write_text(json.dumps({**meta, "id": "again"}))
-    with pytest.raises(UserError, match=r"again and gpt2-feedback-1-0 have one \(arm, level, architecture, seed\)"):
-        read_evaluation(folder)
+def test_of_two_cells_of_one_name_the_later_is_left_out_and_named(folder):
+    before = {cell.folder.name for cell in read_evaluation(folder).cells}
+    shutil.copytree(folder / "cells" / "gpt2-feedback-1-0", folder / "cells" / "zweite")
+    found = read_evaluation(folder)
+    assert {cell.folder.name for cell in found.cells} == before
+    assert [cell.id for cell in found.incomplete] == ["zweite"]
+    assert "it has the id, gpt2-feedback-1-0, of cell gpt2-feedback-1-0" in found.incomplete[0].reason
+    meta = json.loads((folder / "cells" / "zweite" / "cell.json").read_text())
+    (folder / "cells" / "zweite" / "cell.json").write_text(json.dumps({**meta, "id": "zweite"}))
+    found = read_evaluation(folder)
+    assert {cell.folder.name for cell in found.cells} == before
+    assert "it has the place in the sweep (arm, level, architecture, seed)" in found.incomplete[0].reason
 
 
 def test_another_axis_makes_an_arm_of_its_own(folder):

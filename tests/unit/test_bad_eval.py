@@ -1,6 +1,7 @@
 """Wrong command lines, models, cells and folders of an evaluation: one line each, and no result lost. No model is run."""
 
 import json
+import re
 from argparse import Namespace
 
 import numpy as np
@@ -103,6 +104,12 @@ def test_two_cells_of_one_id(sweep, tmp_path):
     assert "3 names for 2 models" in error_of(lambda: cell_ids(models, ["a", "b", "c"]))
     for bad in ("a/b", "", "..", ".hidden", "a b"):
         assert "--cell_names" in error_of(lambda bad=bad: cell_ids(models, ["a", bad]))
+
+
+def test_a_model_given_twice_is_evaluated_once_and_named(sweep, capsys):
+    models = [resolve_model(str(path)) for path in (sweep / "l50-s0", sweep / "l50-s0" / "final")]
+    assert eval_run._once(models, None) == models[:1] and eval_run._once(models, ["a", "b"]) == models
+    assert re.search(r"warning: --model .*final is given twice \(as .*l50-s0\): the second is left out\n$", capsys.readouterr().err)
 
 
 def test_the_set_of_the_model_or_the_one_given(sweep):

@@ -184,6 +184,17 @@ def test_few_windows_leave_the_prompts_own_continuations(tokenizer, tmp_path):
     assert texts.training_unigrams is None and texts.high_frequency_words is None and texts.train == ()
 
 
+def test_facts_tell_same_texts_from_others(tokenizer, tmp_path):
+    def facts(text, suite=None):
+        (tmp_path / "held.txt").write_text(text)
+        return make_texts(TextSource.of_run(None, "m", [str(tmp_path / "held.txt")]), suite or suite_of(), tokenizer, 400, 64).facts
+
+    first = facts(prose(60, 4))
+    assert facts(prose(60, 4)) == first and len({first["prompts_sha"], first["held_out_sha"], first["train_sha"]}) == 3
+    other = facts(prose(60, 5))
+    assert other["held_out_sha"] != first["held_out_sha"] and other["prompts_sha"] != first["prompts_sha"]
+
+
 def test_high_frequency_words_against_counting():
     text = "The the THE fox fox don't dog it's. Dog, stars"
     chosen = high_frequency_words([text])
