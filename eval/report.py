@@ -22,7 +22,7 @@ from ds_stability.errors import UserError
 from ds_stability.run_dir import write_atomic
 from ds_stability.safe_text import safe_line
 
-from . import report_curves, report_figures
+from . import report_curves, report_figures, report_forest
 from .aggregate import (
     REFERENCE,
     Group,
@@ -34,6 +34,7 @@ from .aggregate import (
     results_frame,
 )
 from .report_cells import UNTOUCHED, Cell, Evaluation, Key, read_evaluation
+from .report_drawing import Picture
 from .report_page import render
 from .report_samples import collect
 from .report_tables import ARM_KEYS, HEADLINE, csv_text, metric_family, metric_title
@@ -119,7 +120,7 @@ def analyze(evaluation: Evaluation, baseline_level: float = 0.0, predictions: Pa
                     report_curves.curves(groups, runs, arm), report_curves.stability_rows(groups, runs), runs)  # fmt: skip
 
 
-def draw_figures(analysis: Analysis) -> list[report_figures.Picture]:
+def draw_figures(analysis: Analysis) -> list[Picture]:
     """The headline figure first; each only where there is something to draw."""
     by_key: dict[Key, list[dict[str, Any]]] = {}
     for row in analysis.rows:
@@ -153,7 +154,7 @@ def draw_figures(analysis: Analysis) -> list[report_figures.Picture]:
     if len({line["group"].arm for line in analysis.arms}) > 1:
         shown = [(key, metric_title(key, units.get(key))) for key in ARM_KEYS if any(line["rows"].get(key) for line in analysis.arms)]
         caption = "Every arm and level against the baseline of the same architecture, paired by seed and prompt. Bars: 95 % intervals."
-        pictures.append(report_figures.arms(analysis.arms, shown, caption))
+        pictures.append(report_forest.arms(analysis.arms, shown, caption))
     return pictures
 
 

@@ -1,47 +1,33 @@
-"""Figures of the report: drawn once, saved as PNG for papers and as SVG for the page, where they follow its light or dark look.
+"""Figures of the report: what is drawn in them, panel by panel.
 
-Every panel has the level on the x axis (or the training step, or a difference), 95 % intervals as bars, and each training
-seed as a small dot. Colors are Okabe and Ito's, distinct without color vision; markers differ too.
+Every panel has the level on the x axis (or the training step), 95 % intervals as bars, and each training seed as a small dot.
 """
 
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .report_cells import Key
 from .report_curves import CURVES
+from .report_drawing import (
+    MUTED,
+    Layout,
+    Picture,
+    grid,
+    legend,
+    narrow,
+    open_range,
+    picture,
+    series_of,
+    set_title,
+    shortened,
+)
 
-INK, MUTED, GRID = "#1a1a1a", "#6b6b6b", "#e3e3e3"
-SERIES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#b58900", "v"), ("#56b4e9", "P"), ("#7a5195", "X"))
-DARK = {INK: "#e6e6e6", MUTED: "#a3a3a3", GRID: "#3a3d42", "#0072b2": "#4aa8e0", "#d55e00": "#f08a45", "#009e73": "#2ec49a",
-        "#cc79a7": "#e09cc4", "#b58900": "#e0b030", "#56b4e9": "#7cc8f2", "#7a5195": "#b08acb"}  # fmt: skip
-DPI = 170
-FONTS = "'DejaVu Sans',Verdana,sans-serif"
-STYLE = {
-    "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "svg.hashsalt": "report", "font.size": 8.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
-    "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "text.parse_math": False,  # names are data: a $ in one is no formula
-    "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "axes.formatter.useoffset": False, "grid.color": GRID,
-}  # fmt: skip
 LEVEL_LABEL = "stabilization level"
-
-
-class Picture(NamedTuple):
-    """A figure and its name; `svg` is embedded, `png` saved beside the page. `size`: width and height in CSS pixels."""
-
-    name: str
-    caption: str
-    svg: str
-    png: bytes
-    size: tuple[int, int]
 
 
 class Panel(NamedTuple):
@@ -53,30 +39,28 @@ class Panel(NamedTuple):
     lines: Mapping[str, float] = {}
 
 
-def series_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Color and marker by name; they start again after the seventh."""
-    return {name: SERIES[place % len(SERIES)] for place, name in enumerate(names)}
-
-
 def dose_response(name: str, caption: str, panels: Sequence[Panel], architectures: Sequence[str], columns: int = 4,
                   inches: tuple[float, float] = (2.5, 2.15), direct: bool = False) -> Picture:  # fmt: skip
-    """Small multiples, a panel each, a line per architecture; `direct` names the lines at their ends."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(len(panels), columns, inches, right=0.75 if direct else 0.18)
-        colors, handles = series_of(architectures), {}
+    """Small multiples, a panel each, a line per architecture; `direct` names the lines at their ends where there is room."""
+    colors = series_of(architectures)
+    lines = list(dict.fromkeys(label for panel in panels for label in panel.lines))
+
+    def draw(layout: Layout) -> Any:
+        at_ends = direct and not layout.narrow
+        labels = [*([] if at_ends else colors), *lines]
+        figure, axes = grid(len(panels), layout, labels)
+        handles: dict[str, Any] = {}
         for place, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
-            drawn = _dose_panel(axis, panel, colors, direct)
-            handles = {**drawn, **handles}
-            if place + min(columns, len(panels)) >= len(panels):
+            handles |= _dose_panel(axis, panel, colors, at_ends, 4 if layout.narrow else 6)
+            if place + min(layout.columns, len(panels)) >= len(panels):
                 axis.set_xlabel(LEVEL_LABEL)
-        handles = {label: handles[label] for label in [*colors, *(other for other in handles if other not in colors)] if label in handles}
-        if not direct or len(handles) > len(colors):
-            kept = {label: line for label, line in handles.items() if not direct or label not in colors}
-            _legend(figure, kept)
-        return _picture(figure, name, caption)
+        legend(figure, {label: handles[label] for label in labels if label in handles})
+        return figure
+
+    return picture(name, caption, draw, Layout(columns, inches, right=0.75 if direct else 0.18), narrow())
 
 
-def _dose_panel(axis: Any, panel: Panel, colors: Mapping[str, tuple[str, str]], direct: bool) -> dict[str, Any]:
+def _dose_panel(axis: Any, panel: Panel, colors: Mapping[str, tuple[str, str]], direct: bool, ticks: int) -> dict[str, Any]:
     handles, ends = {}, []
     levels = sorted({row["level"] for row in panel.rows})
     span = (levels[-1] - levels[0]) or 1.0 if levels else 1.0
@@ -96,22 +80,15 @@ def _dose_panel(axis: Any, panel: Panel, colors: Mapping[str, tuple[str, str]], 
     for label, value in panel.lines.items():
         style = ":" if "human" in label or "chance" in label else "-."
         handles[label] = axis.axhline(value, color=MUTED, linewidth=1.0, linestyle=style)
-    axis.set_title(panel.title, fontsize=8, loc="left", pad=4)
+    set_title(axis, panel.title)
     axis.set_xlim((levels[0] if levels else 0) - 0.07 * span, (levels[-1] if levels else 1) + 0.05 * span)
-    axis.set_xticks(levels if len(levels) <= 6 else levels[:: math.ceil(len(levels) / 6)], None)
+    axis.set_xticks(levels[:: math.ceil(len(levels) / ticks)], None)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_major_locator(MaxNLocator(6 if direct else 4, steps=[1, 2, 2.5, 5, 10]))
-    _open_range(axis)
+    open_range(axis)
     if direct:
         _name_ends(axis, ends)
     return handles
-
-
-def _open_range(axis: Any) -> None:
-    """A constant figure gets a range around it, not one of rounding errors."""
-    low, high = axis.get_ylim()
-    if high - low < 1e-6 * max(1.0, abs(low), abs(high)) * 10 or not np.isfinite(high - low):
-        axis.set_ylim(low - 0.05 * max(1.0, abs(low)), high + 0.05 * max(1.0, abs(high)))
 
 
 def _name_ends(axis: Any, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -129,16 +106,17 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     shift = sum(y for y, _, _ in ends) / len(ends) - sum(places) / len(places)
     shift = min(max(shift, low + gap / 3 - places[0]), high - gap / 3 - places[-1])
     for place, (_, label, color) in zip(places, ends, strict=True):
-        axis.annotate(label, (1.0, place + shift), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+        axis.annotate(shortened(label, 20), (1.0, place + shift), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
                       color=color, fontsize=7.5, va="center", annotation_clip=False)  # fmt: skip
 
 
 def training_curves(curves: Mapping[str, Mapping[float, Mapping[str, tuple]]], caption: str) -> Picture:
     """A row per architecture: optimized loss, plain cross-entropy and entropy against the step, a line per level."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(3 * len(curves), 3, (3.15, 2.1), right=0.5)
-        levels = sorted({level for by_level in curves.values() for level in by_level})
-        shades = level_colors(levels)
+    levels = sorted({level for by_level in curves.values() for level in by_level})
+    shades = level_colors(levels)
+
+    def draw(layout: Layout) -> Any:
+        figure, axes = grid(3 * len(curves), layout, [f"level {level:g}" for level in levels])
         handles: dict[str, Any] = {}
         for row, (architecture, by_level) in enumerate(curves.items()):
             for column, (key, title) in enumerate(CURVES.items()):
@@ -147,12 +125,14 @@ def training_curves(curves: Mapping[str, Mapping[float, Mapping[str, tuple]]], c
                     steps, middle, low, high = series[key]
                     (handles[f"level {level:g}"],) = axis.plot(steps, middle, color=shades[level], linewidth=1.2)
                     axis.fill_between(steps, low, high, color=shades[level], alpha=0.18, linewidth=0)
-                axis.set_title(f"{architecture}: {title}", fontsize=8, loc="left", pad=4)
+                set_title(axis, f"{architecture}: {title}")
                 axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
                 if row == len(curves) - 1:
                     axis.set_xlabel("optimizer step")
-        _legend(figure, {f"level {level:g}": handles[f"level {level:g}"] for level in levels if f"level {level:g}" in handles})
-        return _picture(figure, "training", caption)
+        legend(figure, {f"level {level:g}": handles[f"level {level:g}"] for level in levels if f"level {level:g}" in handles})
+        return figure
+
+    return picture("training", caption, draw, Layout(3, (3.15, 2.1), right=0.5), narrow(1))
 
 
 def level_colors(levels: Sequence[float]) -> dict[float, str]:
@@ -165,15 +145,16 @@ def stability(rows: Sequence[Mapping[str, Any]], architectures: Sequence[str], c
     """Variance ratio reached against asked, and the deviations of loss and log gradient norm, against the level."""
     panels = [("ratio", "variance ratio, settled"), ("stability/loss_deviation", "sd of the loss, last 50 steps (nats)"),
               ("stability/log_grad_norm_deviation", "sd of log gradient norm, last 50 steps")]  # fmt: skip
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _grid(3, 3, (3.1, 2.3), right=0.75)
+
+    def draw(layout: Layout) -> Any:
+        figure, axes = grid(3, layout, ["asked for"])
         for axis, (key, title) in zip(axes, panels, strict=True):
             ends = []
             if key == "ratio":
                 asked = sorted({(row["level"], row["target"]) for row in rows if row["target"] is not None})
                 if asked:
                     (line,) = axis.plot(*zip(*asked, strict=True), color=MUTED, linewidth=1.1, linestyle="--")
-                    _legend(figure, {"asked for": line})
+                    legend(figure, {"asked for": line})
             for architecture, (color, marker) in series_of(architectures).items():
                 own = [row for row in rows if row["architecture"] == architecture and row[key] is not None]
                 if own:
@@ -181,95 +162,10 @@ def stability(rows: Sequence[Mapping[str, Any]], architectures: Sequence[str], c
                     axis.errorbar(x, y, yerr=sd, color=color, marker=marker, markersize=3.6, linewidth=0.0 if key == "ratio" else 1.3,
                                   elinewidth=0.9, capsize=1.8)  # fmt: skip
                     ends.append((y[-1], architecture, color))
-            axis.set_title(title, fontsize=8, loc="left", pad=4)
+            set_title(axis, title)
             axis.set_xlabel(LEVEL_LABEL)
             axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
             _name_ends(axis, ends)
-        return _picture(figure, "stability", caption)
+        return figure
 
-
-def arms(lines: Sequence[Mapping[str, Any]], keys: Sequence[tuple[Key, str]], caption: str) -> Picture:
-    """Differences to the baseline, a line per arm and level, a panel per key."""
-    with matplotlib.rc_context(STYLE):
-        height = 0.19 * len(lines) + 0.9
-        figure, axes = _grid(len(keys), len(keys), (2.6, height), left=2.6, gap=0.35)
-        names = [f"{line['group'].arm}, {line['group'].level:g}" for line in lines]
-        architectures = list(dict.fromkeys(line["group"].architecture for line in lines))
-        if len(architectures) > 1:
-            names = [f"{line['group'].architecture}: {name}" for line, name in zip(lines, names, strict=True)]
-        colors = series_of(architectures)
-        for axis, (key, title) in zip(axes, keys, strict=True):
-            axis.axvline(0.0, color=MUTED, linewidth=0.9)
-            for place, line in enumerate(lines):
-                row = line["rows"].get(key)
-                if not row or row["difference"] is None:
-                    continue
-                color, marker = colors[line["group"].architecture]
-                low, high = (row[side] if row[side] is not None else row["difference"] for side in ("difference_low", "difference_high"))
-                axis.plot([low, high], [place, place], color=color, linewidth=1.3)
-                axis.plot([row["difference"]], [place], color=color, marker=marker, markersize=4)
-            axis.set_title(title, fontsize=8, loc="left", pad=4)
-            axis.set_ylim(len(lines) - 0.4, -0.6)
-            axis.set_yticks(range(len(lines)), names if axis is axes[0] else [""] * len(lines))
-            axis.grid(axis="x", linewidth=0.6)
-            axis.tick_params(axis="y", length=0)
-            axis.locator_params(axis="x", nbins=5)
-            axis.set_xlabel("difference to the baseline")
-        return _picture(figure, "arms", caption)
-
-
-def _grid(count: int, columns: int, inches: tuple[float, float], right: float = 0.18, left: float = 0.52,
-          gap: float | None = None) -> tuple[Any, list[Any]]:  # fmt: skip
-    """(figure, its axes), laid out in inches: a solver of layouts takes longer than all the drawing."""
-    columns = min(columns, max(1, count))
-    rows = math.ceil(max(1, count) / columns)
-    between = gap if gap is not None else 0.48 + max(0.0, right - 0.18)
-    top, bottom, row_gap = 0.6, 0.47, 0.56
-    width = left + columns * inches[0] + (columns - 1) * (between - 0.48 if gap is None else gap) + right
-    panel = (width - left - right - (columns - 1) * between) / columns
-    height = top + bottom + rows * (inches[1] - row_gap) + (rows - 1) * row_gap
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)  # not pyplot: no window, no global state
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    figure.subplots_adjust(left=left / width, right=1 - right / width, top=1 - top / height, bottom=bottom / height,
-                           wspace=between / panel, hspace=row_gap / (inches[1] - row_gap))  # fmt: skip
-    for axis in axes[count:]:
-        axis.remove()
-    for axis in axes[:count]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=7.5, length=2.5)
-        axis.grid(axis="y", linewidth=0.6)
-        axis.set_axisbelow(True)
-    return figure, axes[:count]
-
-
-def _legend(figure: Any, handles: Mapping[str, Any]) -> None:
-    if handles:
-        figure.legend(list(handles.values()), list(handles), loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=min(8, len(handles)),
-                      fontsize=8, frameon=False, borderaxespad=0.3, handlelength=1.8, columnspacing=1.4)  # fmt: skip
-
-
-def _picture(figure: Any, name: str, caption: str) -> Picture:
-    image, drawing = io.BytesIO(), io.StringIO()
-    figure.savefig(image, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    width, height = figure.get_size_inches()
-    return Picture(name, caption, themed(drawing.getvalue()), image.getvalue(), (round(width * 96), round(height * 96)))
-
-
-_NAMED = re.compile(r' id="(?:text|line2d|[xy]tick|patch|axes|figure|matplotlib|LineCollection|FillBetween|PolyCollection|legend)[^"]*"')
-
-
-def themed(svg: str) -> str:
-    """The drawing with its colors as variables that change with the reader's light or dark preference, and half as long."""
-    body = svg[svg.index("<svg") :]
-    # Hundredths of a point are enough; but the label 0.025 must stay what it is, so inside of tags only.
-    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), body)
-    body = re.sub(r' transform="rotate\(-0[^"]*"', "", _NAMED.sub("", body))
-    body = re.sub(r"font-family: 'DejaVu Sans';? ?", "", re.sub(r">\s+<", "><", body))
-    names = {color: f"--c{place}" for place, color in enumerate(DARK)}
-    body = re.sub("|".join(DARK), lambda match: f"var({names[match[0].lower()]})", body, flags=re.IGNORECASE)
-    light = ";".join(f"{names[color]}:{color}" for color in DARK)
-    dark = ";".join(f"{names[color]}:{other}" for color, other in DARK.items())
-    style = f"<style>text{{font-family:{FONTS}}}svg{{{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
-    return re.sub(r"(<svg[^>]*>)", lambda match: match[1] + style, body, count=1)
+    return picture("stability", caption, draw, Layout(3, (3.1, 2.3), right=0.75), narrow(1, 2.1)._replace(right=0.75, panel=(2.45, 2.1)))

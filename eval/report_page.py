@@ -15,7 +15,7 @@ from ds_stability.run_dir import package_versions, utc_now
 from . import report_curves
 from .aggregate import RESAMPLES
 from .report_cells import Evaluation
-from .report_figures import Picture
+from .report_drawing import Picture
 from .report_samples import clean, visible
 from .report_tables import ARM_KEYS, HEADLINE, TABLE_COLUMNS, metric_title, table_rows
 from .trend import Trend
@@ -50,8 +50,8 @@ def render(analysis: "Analysis", pictures: Sequence[Picture], samples: dict[str,
         "settings": settings_rows(evaluation), "versions": package_versions(),
     }  # fmt: skip
     figures = [{"name": picture.name, "caption": picture.caption, "width": picture.size[0], "height": picture.size[1],
-                "source": "data:image/svg+xml;base64," + base64.b64encode(picture.svg.encode()).decode()}
-               for picture in pictures]  # fmt: skip
+                "source": _embedded(picture.svg), "narrow": _embedded(picture.narrow), "narrow_width": picture.narrow_size[0],
+                "narrow_height": picture.narrow_size[1]} for picture in pictures]  # fmt: skip
     data = {
         "results": {"columns": TABLE_COLUMNS, "rows": table_rows(analysis.rows)},
         "trends": {"columns": TREND_COLUMNS, "rows": [trend_row(item) for item in analysis.trends]},
@@ -61,6 +61,10 @@ def render(analysis: "Analysis", pictures: Sequence[Picture], samples: dict[str,
         **values, figures={figure["name"]: figure for figure in figures},
         data={name: script_json(clean(value)) for name, value in data.items()},
     )  # fmt: skip
+
+
+def _embedded(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def _shown(value: Any) -> Any:

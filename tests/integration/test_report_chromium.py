@@ -104,11 +104,34 @@ def test_a_hostile_sample_does_nothing(page):
     assert page.evaluate("typeof window.hacked") == "undefined" and page.locator("#samples-view img").count() == 0
 
 
-def test_readable_when_narrow_and_dark(browser, path):
-    page = browser.new_page(viewport={"width": 420, "height": 800}, color_scheme="dark")
+# Of every visible figure: its smallest text in CSS pixels, as drawn at the size it has in this window.
+TEXT_SIZES = """() => [...document.images].map(image => {
+  const svg = atob(image.currentSrc.split(",")[1]), scale = image.getBoundingClientRect().width / svg.match(/viewBox="0 0 ([\\d.]+)/)[1];
+  return Math.min(...[...svg.matchAll(/font(?:-size)?: ?([\\d.]+)px/g)].map(size => size[1] * scale));
+})"""
+
+
+def look(browser, path, width, dark=False):
+    """The page at this width, with everything opened: (page, smallest text of each figure). No error, no overflow of the page."""
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme="dark" if dark else "light")
+    errors = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(path.as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "tables scroll in their own boxes"
+    assert page.evaluate("[...document.querySelectorAll('table')].every(table => table.closest('.wide'))")
+    assert errors == []
+    return page, page.evaluate(TEXT_SIZES)
+
+
+@pytest.mark.parametrize(("width", "smallest", "dark"), [(390, 10.0, True), (390, 10.0, False), (1400, 8.5, False)])
+def test_figures_are_legible_on_a_phone_and_on_a_desk(browser, path, width, smallest, dark):
+    page, sizes = look(browser, path, width, dark)
+    assert len(sizes) >= 6 and min(sizes) >= smallest
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
+    first = page.locator("#results-table tbody tr td:first-child").first
+    assert (first.evaluate("cell => getComputedStyle(cell).position") == "sticky") == (width == 390), "a row says which it is while it scrolls"
     page.close()
 
 

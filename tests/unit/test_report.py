@@ -16,7 +16,7 @@ import report_data  # noqa: E402
 
 from ds_stability import cli  # noqa: E402
 from ds_stability.eval import report, report_page, report_samples, report_tables  # noqa: E402
-from ds_stability.eval.report_figures import DARK, themed  # noqa: E402
+from ds_stability.eval.report_drawing import DARK, themed  # noqa: E402
 
 PREDICTIONS = Path(report.__file__).with_name("predictions.yaml")
 
@@ -80,7 +80,7 @@ def parsed(page):
 def test_the_page_stands_alone(page, parsed):
     for tag, attributes in parsed.tags:
         assert tag not in ("link", "iframe") or attributes.get("href") == "data:,"
-        for name in ("src", "href"):
+        for name in ("src", "href", "srcset"):
             assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes)
     assert not re.search(r"(?:src|href)=[\"']?https?:", page.read_text(encoding="utf-8"))
 
@@ -133,9 +133,9 @@ def test_figures_are_saved_and_embedded(page, parsed):
     assert {"headline", "training", "stability", "arms"} <= names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in page.parent.glob("figures/*.png"))
     for tag, attributes in parsed.tags:
-        if tag == "img":
-            svg = base64.b64decode(attributes["src"].split(",", 1)[1]).decode()
-            assert svg.startswith("<svg") and attributes["alt"]
+        if tag in ("img", "source"):  # for a wide window, and for a narrow one
+            svg = base64.b64decode(attributes["src" if tag == "img" else "srcset"].split(",", 1)[1]).decode()
+            assert svg.startswith("<svg") and (tag == "source" or attributes["alt"])
 
 
 def test_csv_tables_run_nothing(page):
