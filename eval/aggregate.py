@@ -93,12 +93,12 @@ def group_order(group: Group) -> tuple:
 
 
 def main_arm(groups: Iterable[Group]) -> str | None:
-    """The arm of the dose-response: the one with most levels, "feedback" before others; None without a level."""
+    """The arm of the dose-response: feedback where it has a level, else the one with most levels; None without a level."""
     levels: dict[str, set[float]] = defaultdict(set)
     for group in groups:
         if group.level is not None:
             levels[group.arm].add(group.level)
-    return min(levels, key=lambda arm: (-len(levels[arm]), arm != PLAIN_ARMS[0], arm)) if levels else None
+    return min(levels, key=lambda arm: (arm != PLAIN_ARMS[0], -len(levels[arm]), arm)) if levels else None
 
 
 def baseline_of(group: Group, groups: Sequence[Group], level: float) -> Group | None:

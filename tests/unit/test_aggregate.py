@@ -133,6 +133,14 @@ def test_baseline_of_an_arm_is_the_dose_responses_level_zero():
     assert aggregate.baseline_of(Group("b", "feedback", 1.0), groups, 0.0) is None
 
 
+def test_feedback_is_the_dose_response_wherever_it_has_a_level():
+    groups = [Group("a", "feedback", 0.5), Group("a", "clipping", 0.5), Group("a", "clipping", 1.0), Group("b", "clipping", 0.0)]
+    assert aggregate.main_arm(groups) == "feedback"
+    assert aggregate.main_arm(groups[1:]) == "clipping"
+    assert aggregate.main_arm([*groups[1:], Group("a", "feedback", None)]) == "clipping"  # a schedule is no level
+    assert aggregate.main_arm([Group("a", "z", 0.5), Group("a", "y", 0.5)]) == "y" and aggregate.main_arm([Group("a", "none", None)]) is None
+
+
 # reading
 
 
