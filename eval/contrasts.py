@@ -59,6 +59,19 @@ def group_estimate(cells: Sequence[Cell], key: Key) -> Estimate:
     return replace(_estimate(lines, key, [_named("no value in", absent)]), p=None)
 
 
+def group_p(cells: Sequence[Cell], key: Key, bound: float) -> float | None:
+    """Two-sided p of the hypothesis that the mean over cells is `bound`: the level at which its interval just touches it.
+
+    None where there is no interval.
+    """
+    lines = [[(1.0, cell)] for cell in cells if cell.value(key) is not None]
+    part = _part(lines, key) if lines else None
+    if part is None or part.alone or not part.squarable or (part.half == 0.0 and not part.share):
+        return None
+    bounds = part.inside if part.share else part.straight
+    return _touching(part.value - bound, lambda alpha: tuple(end - bound for end in bounds(alpha)))
+
+
 def difference_estimate(cells: Sequence[Cell], base: Sequence[Cell], key: Key, paired: bool = True) -> Estimate:
     """`cells` minus `base`, paired by seed and, within it, by unit.
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ds_stability.eval.contrasts import difference_estimate, group_estimate, holm, slope_estimate
+from ds_stability.eval.contrasts import difference_estimate, group_estimate, group_p, holm, slope_estimate
 from ds_stability.eval.records import Measured
 from ds_stability.eval.report_cells import Cell, Key
 from ds_stability.eval.spread import MAX_UNITS, half_width, linearized, share_bounds, spread_of, standard_error
@@ -252,3 +252,18 @@ def test_coverage_of_rare_and_of_common_answers(share, seeds):
     values = answers.mean(axis=-1)
     low, high = share_bounds(values.mean(axis=-1), half_width(spread_of(values, answers)), 40)
     assert ((low <= share) & (share <= high)).mean() >= 0.94 and (high > low).all()
+
+
+@pytest.mark.parametrize("unit", ["nats", "share"])
+def test_p_of_a_bound_is_below_five_hundredths_where_the_interval_leaves_it_out(unit):
+    cells = [cell(seed, row, unit=unit) for seed, row in enumerate(0.9 + 0.2 * crossed(np.random.default_rng(4), 3, 20))]
+    found = group_estimate(cells, KEY)
+    assert group_p(cells, KEY, found.low) == pytest.approx(0.05, abs=1e-4) == group_p(cells, KEY, found.high)
+    assert group_p(cells, KEY, found.low - 0.01) < 0.05 < group_p(cells, KEY, found.low + 0.01)
+    assert group_p(cells, KEY, found.value) == 1.0
+
+
+def test_p_of_a_bound_where_nothing_varies():
+    assert group_p([cell(seed, [2.0] * 5) for seed in range(3)], KEY, 1.0) is None and group_p([], KEY, 1.0) is None
+    ones = [cell(seed, [1.0] * 200, unit="share") for seed in range(3)]
+    assert group_p(ones, KEY, 0.95) == pytest.approx(2 * 0.95**200, rel=1e-3) and group_p(ones, KEY, 0.999) > 0.05
