@@ -68,8 +68,8 @@ def metric_measure(
     if len(blocks) == 1:
         return Measured(name, ids, [whole], [1.0], unit=unit, settings=settings)
     without = [float(aggregation([value for i, value in enumerate(values) if i not in set(block)])) for block in blocks]
-    totals, counts = jackknife_units(whole, without)
-    return Measured(name, [f"from {ids[block[0]]}" for block in blocks], totals, counts, unit=unit, settings=settings, n=len(values))
+    totals, counts = jackknife_units(whole, without, [len(block) for block in blocks])
+    return Measured(name, [f"from {ids[block[0]]}" for block in blocks], totals, counts, unit=unit, settings=settings)
 
 
 def unit_of(metric: str) -> str:

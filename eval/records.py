@@ -78,7 +78,7 @@ class Measured:
         unit: unit of the value ("nats", "bits", "share", ...).
         settings: whatever fixes the figure: n of n-grams, group size, alpha, method.
         note: why there is no value, or what to know about it.
-        n: what was counted, where the counts do not say it (pseudo-values of a jackknife).
+        n: what was counted, where the counts do not say it.
     """
 
     metric: str
@@ -113,22 +113,26 @@ class Measured:
         return value if np.isfinite(value) else None
 
 
-def jackknife_units(value: float, without: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Units of a pooled statistic that is no mean: delete-one-group pseudo-values, moved so that their mean is `value`.
+def jackknife_units(value: float, without: Sequence[float], sizes: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Units of a pooled statistic that is no mean: pseudo-values of the delete-a-group jackknife, moved so that their mean is `value`.
 
-    Efron and Tibshirani 1993, chapter 11: pseudo_g = G value - (G - 1) without_g. Their spread gives the jackknife standard
-    error; their own mean is the bias-corrected estimate, which is not what the table shows, hence the shift.
+    Busing, Meijer and van der Leeden 1999 (Statistics and Computing 9, 3): with h_g = n / size_g, pseudo_g = h_g value -
+    (h_g - 1) without_g, which counts size_g times. What grows or shrinks with n alone then spreads by size_g / n only, where
+    equal weights make it spread by as much as the sizes differ, times their number. The mean of the pseudo-values is the
+    bias-corrected estimate, which is not what the table shows, hence the shift.
 
     Args:
         value: the statistic over all groups.
         without: the statistic without group g, [G].
+        sizes: texts or tokens of group g that the statistic is of, [G].
 
     Returns:
-        (totals, counts), each [G].
+        (totals, counts), each [G]: pseudo_g size_g, and size_g.
     """
-    left = np.asarray(without, dtype=np.float64)
-    pseudo = len(left) * value - (len(left) - 1) * left
-    return pseudo - pseudo.mean() + value, np.ones(len(left))
+    left, size = np.asarray(without, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    n = size.sum()
+    totals = n * value - (n - size) * left
+    return totals + size * (value - totals.sum() / n), size
 
 
 @dataclass(frozen=True)

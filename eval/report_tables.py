@@ -20,7 +20,7 @@ PLACES = {"held_out": "held-out", "train": "training text", "sample": "T\N{NO-BR
 NAMES = {"high_frequency_share": "high-frequency share", "high_frequency_word_share": "high-frequency word share",
          "high_frequency_mass": "high-frequency mass", "cross_entropy": "cross-entropy", "top1_mass": "top-1 mass",
          "self_bleu_4": "self-BLEU-4", "mtld": "MTLD", "hdd": "HD-D", "eos_rate": "EOS rate", "length_cap_rate": "length-cap rate",
-         "kl_unigram": "KL, unigrams", "kl_bigram": "KL, bigrams", "vendi_score": "Vendi score", "knn_recall": "k-NN recall",
+         "kl_unigram": "KL, unigrams", "kl_bigram": "KL, bigrams", "vendi_score": "Vendi score",
          "knn_coverage": "k-NN coverage", "zipf_exponent": "Zipf exponent",
          **{f"{name}_{n}": f"{name.replace('_', '-')}-{n}" for name in ("distinct", "seq_rep") for n in range(1, 5)}}  # fmt: skip
 UNITS = {"share": "", "": "", None: "", "-": ""}

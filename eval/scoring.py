@@ -273,7 +273,7 @@ class _Figures:
         if len(units) == 1:
             return Measured("context_information", units, [value], [1.0], note=self.note, **where)
         without = [_information(mass_V - mass_GV[g], *(sums_2 - sums_G2[g])) for g in range(len(units))]
-        return Measured("context_information", units, *jackknife_units(value, without), note=self.note, **where)
+        return Measured("context_information", units, *jackknife_units(value, without, sums_G2[:, 1]), note=self.note, **where)
 
     def non_finite_windows(self) -> Measured:
         lost = [not record["finite"] for record in self.records]

@@ -85,10 +85,6 @@ class Structure:
         return Structure(self.lengths + other.lengths, self.marks + other.marks, self.words + other.words,
                          self.texts + other.texts, self.endless + other.endless)  # fmt: skip
 
-    def __sub__(self, other: "Structure") -> "Structure":
-        return Structure(self.lengths - other.lengths, self.marks - other.marks, self.words - other.words,
-                         self.texts - other.texts, self.endless - other.endless)  # fmt: skip
-
     @property
     def sentences(self) -> int:
         return self.lengths.total()
@@ -166,12 +162,10 @@ def structure_scores(
         build.ratio("sentence_length", lambda s: sum(n * c for n, c in s.lengths.items()), lambda s: s.sentences, "words", no_end),
         build.ratio("words_per_sentence_end", lambda s: s.words, lambda s: s.sentences, "words", no_end),
         build.ratio("texts_without_sentence_end", lambda s: s.endless, lambda s: s.texts, "share", no_text),
-        build.distance("sentence_length_wasserstein", lambda s, r: wasserstein(s.lengths, r.lengths), "words", no_end),
-        build.distance("sentence_length_total_variation", lambda s, r: total_variation(_capped(s.lengths), _capped(r.lengths)), "share",
-                       no_end, longest=LONGEST),
+        build.distance("sentence_length_wasserstein", lambda s: s.lengths, wasserstein, "words", no_end),
+        build.distance("sentence_length_total_variation", lambda s: _capped(s.lengths), total_variation, "share", no_end, longest=LONGEST),
         build.ratio("punctuation_per_word", lambda s: s.marks.total(), lambda s: s.words, "marks per word", no_word),
-        build.distance("punctuation_total_variation", lambda s, r: total_variation(s.marks, r.marks), "share",
-                       "no punctuation", marks=MARKS),
+        build.distance("punctuation_total_variation", lambda s: s.marks, total_variation, "share", "no punctuation", marks=MARKS),
     ]  # fmt: skip
 
 
@@ -200,15 +194,17 @@ class _Builder:
         note = None if counts.sum() else missing
         return Measured(metric, self.units, totals, counts, self.decoding, unit=unit, settings=self.settings, note=note)
 
-    def distance(self, metric: str, between: Callable, unit: str, missing: str, **settings: Any) -> Measured:
+    def distance(self, metric: str, of: Callable[[Structure], Counter], between: Callable, unit: str, missing: str, **settings: Any) -> Measured:
+        """`between` two distributions, `of` the samples and of the references; a group counts by what it adds to that of the samples."""
         where = {"decoding": self.decoding, "unit": unit, "settings": {**self.settings, "method": "pooled, jackknife over groups", **settings}}
-        pooled = self.pooled
-        value = between(pooled, self.reference)
+        pooled, reference = of(self.pooled), of(self.reference)
+        value = between(pooled, reference)
         if value is None:
-            place = "the references" if between(pooled, pooled) is not None else "the samples"
+            place = "the references" if pooled.total() else "the samples"
             return Measured.null(metric, f"{missing}, among {place}", **where)
+        parts = [of(group) for group in self.groups]
         # A group may hold everything there is; then there is nothing to leave out, and no spread.
-        without = [between(pooled - group, self.reference) for group in self.groups]
-        if len(self.groups) == 1 or None in without:
+        without = [between(pooled - part, reference) for part in parts]
+        if len(parts) == 1 or None in without:
             return Measured(metric, ["all"], [value], [1.0], note="one group only holds all there is: no spread", **where)
-        return Measured(metric, self.units, *jackknife_units(value, without), **where)
+        return Measured(metric, self.units, *jackknife_units(value, without, [part.total() for part in parts]), **where)

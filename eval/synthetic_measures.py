@@ -1,6 +1,7 @@
 """From the records of a SyntheticTask to figures; which is what, and over which units, is said at each."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,6 +138,7 @@ class _Figures:
         batches: dict[str, set[tuple[int, ...]]] = {}
         for record in self.records["samples"]:
             batches.setdefault(record["unit"], set()).update({tuple(record["ids"])} & modes)
+        sizes = Counter(record["unit"] for record in self.records["samples"])
         number = len(self.records["samples"])
         expected = float(-np.expm1(number * np.log1p(-np.exp(true_logprobs))).mean()) if k else 0.0
         settings = {"k": k, "samples": number, "expected_of_the_language": expected, "method": "pooled, jackknife over batches"}
@@ -144,7 +146,7 @@ class _Figures:
         def share(left_out: str | None) -> float:
             return len(set().union(*(found for unit, found in batches.items() if unit != left_out))) / len(modes)
 
-        return pooled("synthetic_mode_coverage", list(batches), share, "share", settings, self.notes["samples"])
+        return pooled("synthetic_mode_coverage", sizes, share, "share", settings, self.notes["samples"])
 
 
 def _value(what: Callable | str | float, record: "Record") -> float:
@@ -153,15 +155,20 @@ def _value(what: Callable | str | float, record: "Record") -> float:
     return what(record) if callable(what) else what
 
 
-def pooled(metric: str, batches: Sequence[str], without: Callable[[str | None], float], unit: str, settings: dict[str, Any],
+def pooled(metric: str, sizes: Mapping[str, float], without: Callable[[str | None], float], unit: str, settings: dict[str, Any],
            note: str | None) -> Measured:  # fmt: skip
-    """`without(None)`, the statistic of all batches together, with jackknife units from `without(batch)`; one batch has no spread."""
-    if not batches:
+    """`without(None)`, the statistic of all batches together, with jackknife units from `without(batch)`; one batch has no spread.
+
+    Args:
+        sizes: how much of what the statistic is of is in each batch.
+    """
+    if not sizes:
         return Measured.null(metric, note or "nothing to measure", unit=unit, settings=settings)
     value = without(None)
-    if len(batches) == 1:
+    if len(sizes) == 1:
         return Measured(metric, ["all"], [value], [1.0], unit=unit, settings=settings, note=note)
-    return Measured(metric, batches, *jackknife_units(value, [without(batch) for batch in batches]), unit=unit, settings=settings, note=note)
+    totals, counts = jackknife_units(value, [without(batch) for batch in sizes], list(sizes.values()))
+    return Measured(metric, list(sizes), totals, counts, unit=unit, settings=settings, note=note)
 
 
 def _tables(task: "SyntheticTask", figures: _Figures, scratch: "Path") -> list[Measured]:
@@ -174,6 +181,7 @@ def _tables(task: "SyntheticTask", figures: _Figures, scratch: "Path") -> list[M
     units = dict.fromkeys(record["unit"] for record in figures.records["samples"])
     batches = {unit: np.load(task.mass_path(scratch, unit)) for unit in units}
     settings = {"alpha": task.settings.alpha, "method": "pooled, jackknife over batches of samples"}
+    sizes = {unit: table.sum() for unit, table in batches.items()}  # tokens
     counts, everything = task.training_bigrams, sum(batches.values())
     measured = []
     for name, reduce in (("unigram", lambda table: table.sum(axis=0, keepdims=True)), ("bigram", lambda table: table)):
@@ -188,7 +196,7 @@ def _tables(task: "SyntheticTask", figures: _Figures, scratch: "Path") -> list[M
                 first, second = (data, model) if forward else (model, data)
                 return conditional_kl(first, second, task.settings.alpha)
 
-            measured.append(pooled(f"synthetic_{direction}_kl_{name}", list(batches), divergence, "nats", settings, figures.notes["samples"]))
+            measured.append(pooled(f"synthetic_{direction}_kl_{name}", sizes, divergence, "nats", settings, figures.notes["samples"]))
     return measured
 
 

@@ -13,7 +13,7 @@ COMPRESSION = ("compression_ratio",)
 POOLED = ("output_entropy_1", "output_entropy_2", "zipf_exponent", "kl_unigram", "kl_unigram_reverse", "kl_bigram",
           "kl_bigram_reverse", "mode_coverage")  # fmt: skip
 SELF_BLEU = ("self_bleu_4",)
-NEIGHBOURS = ("vendi_score", "knn_recall", "knn_coverage")
+NEIGHBOURS = ("vendi_score", "knn_coverage")
 
 #: Every name that a suite may ask for, in the order of the tables.
 METRIC_NAMES = (*FINISH, *REPETITION, *CONCENTRATION, *WORDS, *DISTINCT, *COMPRESSION, *POOLED, *SELF_BLEU, *NEIGHBOURS)

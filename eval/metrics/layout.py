@@ -7,10 +7,11 @@ models are the same thing and can be paired. Prompts are nested in seeds: all sa
     block    `group_texts` neighbouring prompts. Read block by block, within one by (sample, prompt), the texts form a stream
              that is cut into groups of exactly `group_tokens` tokens (or bytes); a group belongs to the block it starts in
     pool     the stream by (sample, prompt), cut into pools of exactly `pool_tokens` tokens
-    fold     at most 20 runs of neighbouring prompts: left out one at a time, for the jackknife of pooled statistics
+    fold     10 to 20 runs of neighbouring prompts (fewer for fewer prompts), as equal as can be: left out one at a time, for the
+             jackknife of pooled statistics
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from ..sample_table import SampleTable, tables_of
 from .ngrams import Corpus
 
 SELF_NOTE = "the references measured against themselves"
-MAX_FOLDS = 20
+MIN_FOLDS, MAX_FOLDS = 10, 20
 SUBSAMPLE_TEXTS = 500
 PART_TOKENS, PART_TEXTS = 2**18, 2**15  # some tens of MiB
 
@@ -179,9 +180,11 @@ class Layout:
         """The texts block by block; within a block by (sample, prompt), which is the order they are in; int32 [T]."""
         return np.argsort(self.blocks_of(), kind="stable").astype(np.int32)
 
-    @property
+    @cached_property
     def folds(self) -> int:
-        return min(MAX_FOLDS, len(self.prompts))
+        """Of MIN_FOLDS to MAX_FOLDS that number by which the prompts divide with the least left over, the larger of two such."""
+        prompts = len(self.prompts)
+        return prompts if prompts <= MAX_FOLDS else min(range(MAX_FOLDS, MIN_FOLDS - 1, -1), key=lambda folds: prompts % folds)
 
     def folds_of(self, texts: np.ndarray) -> np.ndarray:
         """The fold of each text, int64."""
@@ -189,9 +192,15 @@ class Layout:
 
     @cached_property
     def subsample(self) -> np.ndarray:
-        """Up to SUBSAMPLE_TEXTS places in `samples`, for what grows with the square: sample 0 of the prompts in a random
-        order that the seed fixes, then sample 1, ... Chosen by key before texts that failed are left out."""
-        rank = np.random.default_rng(self.context.seed).permutation(len(self.prompts))
+        """Up to SUBSAMPLE_TEXTS places in `samples`, for what grows with the square: sample 0 of the prompts, then sample 1, ...
+        The prompts are taken from the folds in turns, in a random order that the seed fixes: equally many of each fold. Chosen
+        by key before texts that failed are left out."""
+        order = np.random.default_rng(self.context.seed).permutation(len(self.prompts))
+        fold = order * self.folds // max(1, len(order))
+        by_fold = np.argsort(fold, kind="stable")
+        turn = np.arange(len(order)) - np.searchsorted(fold[by_fold], fold[by_fold])
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order[by_fold][np.argsort(turn, kind="stable")]] = np.arange(len(order))
         table = self.everything
         chosen = np.lexsort((rank[np.searchsorted(self.prompts, table.prompt)], table.sample))[:SUBSAMPLE_TEXTS]
         kept = ~table.finished("non_finite")
@@ -231,18 +240,27 @@ class Layout:
         return Measured(metric, self.block_units, totals_B, counts_B, decoding=self.decoding, unit=unit,
                         settings=settings)  # fmt: skip
 
-    def jackknife(self, metric: str, value: float, without: np.ndarray, unit: str, settings: dict[str, Any], n: int,
-                  note: str | None = None) -> Measured:
-        """A pooled statistic of `n` texts or tokens, with its value when each fold [folds] is left out (see
-        records.jackknife_units)."""
-        fields = {"decoding": self.decoding, "unit": unit, "note": note, "n": n,
-                  "settings": settings | {"units": f"delete-one jackknife over {self.folds} runs of prompts"}}  # fmt: skip
+    def jackknife(self, metric: str, value: float, without: Callable[[int], float], fold: np.ndarray, unit: str,
+                  settings: dict[str, Any], note: str | None = None) -> Measured:  # fmt: skip
+        """A statistic of some texts that is no mean over them: `value`, and `without(f)` when fold f is left out.
+
+        Args:
+            fold: of each text that the statistic is of.
+        """
+        sizes = np.bincount(fold, minlength=self.folds)
+        left = np.array([without(f) if sizes[f] else value for f in range(self.folds)])
+        return self.in_folds(metric, value, left, sizes, unit, settings, note)
+
+    def in_folds(self, metric: str, value: float, without: np.ndarray, sizes: np.ndarray, unit: str, settings: dict[str, Any],
+                 note: str | None = None) -> Measured:  # fmt: skip
+        """The same, from the statistic without each fold, and the texts or tokens in each, [folds] both (records.jackknife_units)."""
+        fields = {"decoding": self.decoding, "unit": unit, "note": note,
+                  "settings": settings | {"units": f"delete-a-group jackknife over {self.folds} runs of prompts"}}  # fmt: skip
         if self.folds < 2 or not np.isfinite(without).all():
             reason = "one prompt" if self.folds < 2 else "undefined when some prompts are left out"
             fields["note"] = "; ".join(filter(None, [note, f"{reason}: no interval"]))
-            return Measured(metric, ["all"], np.array([value]), np.ones(1), **fields)
-        totals, counts = jackknife_units(value, without)
-        return Measured(metric, list(range(self.folds)), totals, counts, **fields)
+            return Measured(metric, ["all"], np.array([value]), np.ones(1), n=int(sizes.sum()), **fields)
+        return Measured(metric, list(range(self.folds)), *jackknife_units(value, without, sizes), **fields)
 
 
 class Texts(Sequence[Sample]):

@@ -66,6 +66,11 @@ class Corpus:
         runs = self.runs[where] + new_text * (int(self.runs.max(initial=0)) + 1)
         return Corpus(self.tokens[where], self.lengths[texts], runs)
 
+    def __add__(self, other: "Corpus") -> "Corpus":
+        """The texts of both, one behind the other."""
+        runs = np.concatenate([self.runs, other.runs + int(self.runs.max(initial=-1)) + 1])
+        return Corpus(np.concatenate([self.tokens, other.tokens]), np.concatenate([self.lengths, other.lengths]), runs)
+
     def stream_positions(self, order: np.ndarray) -> np.ndarray:
         """Place of each token in the stream that the texts form when read in `order` (a permutation [T]); int64 [M]."""
         start = np.empty(len(self.lengths), dtype=np.int64)

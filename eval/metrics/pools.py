@@ -41,6 +41,11 @@ class SparsePool:
     cells: np.ndarray
     counts: np.ndarray
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """n-grams in each fold, [folds]."""
+        return np.bincount(self.cells // max(1, len(self.keys)), self.counts, self.folds)
+
     def pieces(self) -> Iterator[PoolCounts]:
         """The rows of PoolCounts, in order, about PIECE counts at a time."""
         types = len(self.keys)
@@ -139,4 +144,5 @@ def pooled(layout: Layout, pools: Pools, metric: str, n: int, statistic: Callabl
         values = np.mean([np.concatenate([statistic(piece) for piece in pool.pieces()]) for pool in pools.grams[n]], axis=0)
     if not np.isfinite(values[0]):
         return layout.null(metric, undefined, unit=unit, settings=settings)
-    return layout.jackknife(metric, float(values[0]), values[1:], unit, settings, settings["tokens"] * settings["pools"], pools.note)
+    sizes = sum(pool.sizes for pool in pools.grams[n])
+    return layout.in_folds(metric, float(values[0]), values[1:], sizes, unit, settings, pools.note)

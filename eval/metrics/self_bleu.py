@@ -92,6 +92,6 @@ def measure_self_bleu(layout: Layout) -> list[Measured]:
     def mean_bleu(kept: np.ndarray) -> float:
         return float(self_bleu(corpus, tables, kept).mean()) if kept.sum() >= 2 else float("nan")
 
-    without = np.array([mean_bleu(usable & (fold != f)) for f in range(layout.folds)])
     note = f"{short} texts of the subsample are too short" if short else None
-    return [layout.jackknife(name, mean_bleu(usable), without, "share", settings, settings["texts"], note)]
+    return [layout.jackknife(name, mean_bleu(usable), lambda left_out: mean_bleu(usable & (fold != left_out)), fold[usable], "share",
+                             settings, note)]  # fmt: skip

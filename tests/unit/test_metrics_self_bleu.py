@@ -63,7 +63,7 @@ def test_measured_value_and_jackknife():
     (row,) = measure_self_bleu(layout_of(texts))
     assert row.value == pytest.approx(np.mean(oracle(texts)))
     without = [np.mean(oracle(texts[:i] + texts[i + 1 :])) for i in range(6)]
-    assert row.totals == pytest.approx(jackknife_units(np.mean(oracle(texts)), without)[0])
+    assert row.totals == pytest.approx(jackknife_units(np.mean(oracle(texts)), without, np.ones(6))[0])
 
 
 def test_short_texts_are_left_out_and_counted():

@@ -112,8 +112,11 @@ def test_every_figure_by_brute_force(model, tokenizer, tmp_path, batch_size):
     if batch_size != 1:
         kept = [np.concatenate([oracle.p for i, oracle in enumerate(oracles) if part_of[i] != part]) for part in parts]
         left = [-sum(x * math.log(x) for x in p.mean(axis=0)) + (p * np.log(p)).sum() / len(p) for p in kept]
-        pseudo = [len(left) * expected["context_information"] - (len(left) - 1) * value for value in left]
-        assert figures["context_information"].totals.std() == pytest.approx(np.std(pseudo), rel=1e-3)
+        sizes = np.array([tokens - len(p) for p in kept])
+        pseudo = [tokens / size * expected["context_information"] - (tokens / size - 1) * value for size, value in zip(sizes, left, strict=True)]
+        units = figures["context_information"]
+        assert units.counts == pytest.approx(sizes)
+        assert np.ptp(units.totals / units.counts - pseudo) < 1e-3 * np.ptp(pseudo)  # the same but for the shift
     assert figures["rep_l_128"].value > 0  # the comparison is not between zeros
 
 
