@@ -21,7 +21,7 @@ import training
 import yaml
 
 from ds_stability.errors import UserError
-from ds_stability.eval.aggregate import draw, group_rows, groups_of
+from ds_stability.eval.aggregate import group_rows, groups_of
 from ds_stability.eval.report_cells import Cell, Key, read_evaluation
 from ds_stability.launchers.sweep_plan import Plan, load_plan
 from ds_stability.run_dir import RunDir, write_json_atomic
@@ -160,7 +160,7 @@ def rows_of(cells: Sequence[Cell], chosen: Mapping[str, float]) -> list[dict[str
     """One row an arm: COLUMNS over its seeds, with intervals, and differences to plain training, paired by seed and unit."""
     groups, rows = groups_of(cells), {}
     for label, key in COLUMNS.items():
-        for row in group_rows(groups, draw(groups, key), key):
+        for row in group_rows(groups, key):
             line = rows.setdefault(row["arm"], {"arm": row["arm"], RATE: chosen.get(row["arm"]), "figures": {}})
             line["figures"][label] = {name: row[name] for name in headline.FIGURES}
     return [rows[arm] for arm in dict.fromkeys((UNTOUCHED, PLAIN, *chosen)) if arm in rows]

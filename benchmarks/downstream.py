@@ -19,7 +19,7 @@ import headline
 import numpy as np
 
 from ds_stability.errors import UserError
-from ds_stability.eval.aggregate import draw, group_rows, groups_of
+from ds_stability.eval.aggregate import group_rows, groups_of
 from ds_stability.eval.records import Measured
 from ds_stability.eval.report_cells import Cell, Key, read_evaluation
 from ds_stability.run_dir import write_json_atomic
@@ -83,7 +83,7 @@ def skill_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             pool(cell, family, beginnings)
     groups, rows = groups_of(cells), []
     for skill in SKILLS:
-        found = group_rows(groups, draw(groups, skill.key), skill.key)
+        found = group_rows(groups, skill.key)
         figures = [{"level": row["level"], **{name: row[name] for name in headline.FIGURES}, "falls": falls(row, skill.better)} for row in found]
         if any(figure["value"] is not None for figure in figures):
             rows.append({"kind": skill.kind, "skill": skill.name, "better": skill.better, "chance": skill.chance, "figures": figures})

@@ -45,8 +45,8 @@ COLUMNS = {
     "facts": Key("ds_facts_acc"),
     "cloze": Key("ds_cloze_acc"),
 }
-FIGURES = ("value", "ci_low", "ci_high", "t_low", "t_high", "sd", "difference", "difference_low", "difference_high",
-           "difference_t_low", "difference_t_high", "seeds", "units")  # fmt: skip
+FIGURES = ("value", "ci_low", "ci_high", "sd", "difference", "difference_low", "difference_high", "difference_p", "seeds", "units",
+           "note")  # fmt: skip
 DOSE_COLUMNS = ("entropy", "high-freq. share", "distinct-2", "seq-rep-4", "top-1 mass", "cross-entropy", "bits per byte",
                 "minimal pairs")  # fmt: skip
 PRETRAINED_COLUMNS = ("entropy", "high-freq. share", "distinct-2", "greedy seq-rep-4", "bits per byte", "minimal pairs", "facts", "cloze",

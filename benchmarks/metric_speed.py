@@ -2,7 +2,7 @@
 
     python benchmarks/metric_speed.py [--output runs/metric_speed] [--texts 10000] [--tokens 128]
 
-All metrics of samples with their jackknife and bootstrap intervals are timed together. Then single metrics, ours and the
+All metrics of samples with their intervals are timed together. Then single metrics, ours and the
 other code in turns on the same texts: distinct-n and seq-rep-n by nltk.ngrams, unigram and bigram entropy by
 nltk.FreqDist, self-BLEU by sacrebleu, and by nltk, on the same subsample (once: they take minutes). Both must agree on
 the values. Ours does more than the other code in that time: distinct-n and seq-rep-n come together, with tail loops, and
@@ -49,10 +49,10 @@ def main() -> int:
     samples, context = make_samples(arguments.texts, arguments.tokens)
     score_samples(samples[: 8 * PER_PROMPT], context)  # what loads lazily loads now
     print(f"all {len(METRIC_NAMES)} metrics of {len(samples)} texts", flush=True)
-    whole = [time_all(samples, context, arguments.resamples) for _ in range(arguments.rounds)]
+    whole = [time_all(samples, context) for _ in range(arguments.rounds)]
     print(f"  {medians(whole)['processor_seconds']:.2f} s of one core", flush=True)
     pairs = [compare(pair, arguments.rounds) for pair in comparisons(samples, context)]
-    settings = {key: getattr(arguments, key) for key in ("texts", "tokens", "rounds", "resamples")}
+    settings = {key: getattr(arguments, key) for key in ("texts", "tokens", "rounds")}
     settings |= {"samples_per_prompt": PER_PROMPT, "vocabulary": VOCABULARY, "subsample": SUBSAMPLE_TEXTS, "threads": 1}
     result = common.describe_measurement("metric_speed", {"seed": SEED}, settings)
     result["versions"] |= library_versions()
@@ -71,9 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=10_000)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each text")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each measurement")
-    parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap")
     arguments = parser.parse_args()
-    for name, least in (("texts", 8 * PER_PROMPT), ("tokens", 8), ("rounds", 1), ("resamples", 1)):
+    for name, least in (("texts", 8 * PER_PROMPT), ("tokens", 8), ("rounds", 1)):
         if vars(arguments)[name] < least:
             parser.error(f"--{name} {vars(arguments)[name]}: allowed are numbers from {least}")
     return arguments
@@ -126,9 +125,9 @@ def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(one[key] for one in rounds) for key in ("wall_seconds", "processor_seconds")}
 
 
-def time_all(samples: list[Sample], context: ScoringContext, resamples: int) -> dict[str, float]:
+def time_all(samples: list[Sample], context: ScoringContext) -> dict[str, float]:
     """Every metric with its interval; wall time on a busy machine holds the others' turns, processor time does not."""
-    return timed(lambda: [row(measured, resamples) for measured in score_samples(samples, context)])[0]
+    return timed(lambda: [row(measured) for measured in score_samples(samples, context)])[0]
 
 
 # ---- the same figures by other code ---------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from typing import Any  # noqa: E402
 import common  # noqa: E402
 import numpy as np  # noqa: E402
 
-from ds_stability.eval.aggregate import draw, group_rows, groups_of, keys_of, results_frame  # noqa: E402
+from ds_stability.eval.aggregate import group_rows, groups_of, keys_of, results_frame  # noqa: E402
 from ds_stability.eval.cell import CellDir  # noqa: E402
 from ds_stability.eval.decoding import DEFAULT_DECODINGS  # noqa: E402
 from ds_stability.eval.generation_task import GenerationTask  # noqa: E402
@@ -135,7 +135,7 @@ def score(folder: Path, samples: int, tokens: int) -> dict[str, Any]:
     meter.lap("samples.jsonl")
     measured = task.measure(records[task.name], cell.scratch)
     meter.lap("metrics")
-    cell.finish({"version": 1, "id": "cell"}, scores("cell", measured, 2000), measured)
+    cell.finish({"version": 1, "id": "cell"}, scores("cell", measured), measured)
     meter.lap("intervals and files")
     return meter.stages
 
@@ -147,7 +147,7 @@ def report(folder: Path, samples: int, tokens: int) -> dict[str, Any]:
     meter.lap("read")
     groups = groups_of(evaluation.cells)
     for key in keys_of(evaluation.cells):
-        group_rows(groups, draw(groups, key), key)
+        group_rows(groups, key)
     results_frame(evaluation.cells)
     meter.lap("aggregate")
     collect(evaluation)

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from .intervals import confidence_level
+from .contrasts import difference_estimate, group_estimate
 from .records import Measured
 from .report_cells import Cell, Key
 
@@ -217,78 +216,51 @@ def interval(draws: Draws, key: Key) -> Interval:
     if len(finite) < 2:
         return Interval(None, None, "no resample had a value")
     single = len(draws.values) < 2
-    tail = (1 - confidence_level(units)) / 2 if single else 0.025  # as for a single cell: few units need a wider level
-    low, high = (float(bound) for bound in np.quantile(finite, [tail, 1 - tail]))
+    low, high = (float(bound) for bound in np.quantile(finite, [0.025, 0.975]))
     return Interval(low, high, "one seed: interval over prompts only" if single else None)
 
 
-def t_interval(values: np.ndarray) -> tuple[float | None, float | None]:
-    """95 % t-interval of the mean over seeds; (None, None) for fewer than two."""
-    if len(values) < 2:
-        return None, None
-    half = _t_quantile(len(values)) * float(values.std(ddof=1)) / len(values) ** 0.5
-    return float(values.mean()) - half, float(values.mean()) + half
+def group_rows(groups: dict[Group, list[Cell]], key: Key, baseline_level: float = 0.0) -> list[dict[str, Any]]:
+    """One row per group of one figure: value over seeds with its interval, and the difference to the baseline with its own.
 
-
-@lru_cache
-def _t_quantile(seeds: int) -> float:  # scipy takes longer for it than all else in a row takes
-    return float(stats.t.ppf(0.975, seeds - 1))
-
-
-def group_rows(groups: dict[Group, list[Cell]], drawn: dict[Group, Draws], key: Key, baseline_level: float = 0.0,
-               seed: int = 0) -> list[dict[str, Any]]:  # fmt: skip
-    """One row per group of one figure: value over seeds, intervals, and the difference to the baseline."""
+    `note` says why there is no interval, what was left out, and after "difference:" the same of the difference.
+    """
+    having = [group for group, cells in groups.items() if any(cell.value(key) is not None for cell in cells)]
     rows = []
     for group, cells in groups.items():
         if not any(key in cell.rows for cell in cells):
             continue
-        row: dict[str, Any] = {**group._asdict(), **key._asdict(), "seeds": 0, "value": None, "note": _notes(cells, key)}
-        row |= dict.fromkeys(("sd", "stderr", "ci_low", "ci_high", "t_low", "t_high", "n", "units", "unit", "difference",
-                              "difference_low", "difference_high", "difference_t_low", "difference_t_high", "baseline"))  # fmt: skip
-        row["values"] = {str(cell.seed): cell.value(key) for cell in cells}
-        row["unit"] = next((cell.rows[key].get("unit") for cell in cells if key in cell.rows), None)
-        if group in drawn:
-            row |= _value_columns(drawn[group], key, row["note"], row["unit"])
-            row |= _difference_columns(group, drawn, key, baseline_level, seed)
-        rows.append(row)
+        found = group_estimate(cells, key)
+        row: dict[str, Any] = {**group._asdict(), **key._asdict(), "seeds": found.seeds, "value": found.value}
+        row |= {"ci_low": found.low, "ci_high": found.high, "stderr": found.stderr, **_counts(cells, key)}
+        row |= {"values": {str(cell.seed): cell.value(key) for cell in cells},
+                "unit": next((cell.rows[key].get("unit") for cell in cells if key in cell.rows), None)}  # fmt: skip
+        notes = [found.note, *(str(cell.rows[key]["note"]) for cell in cells if cell.rows.get(key, {}).get("note"))]
+        base = baseline_of(group, having, baseline_level) if group in having and group.level is not None else None
+        row |= _difference_columns(cells, base, groups, key, notes)
+        rows.append(row | {"note": "; ".join(dict.fromkeys(filter(None, notes)))})
     return rows
 
 
-def _notes(cells: Sequence[Cell], key: Key) -> str:
-    return "; ".join(dict.fromkeys(str(cell.rows[key]["note"]) for cell in cells if cell.rows.get(key, {}).get("note")))
-
-
-def _value_columns(draws: Draws, key: Key, note: str, unit: str | None) -> dict[str, Any]:
-    low, high, why = interval(draws, key)
-    if unit == "share" and low is not None:  # pseudo-values of the jackknife need not lie in 0..1, a share does
-        low, high = (min(1.0, max(0.0, bound)) for bound in (low, high))
-    t_low, t_high = t_interval(draws.values)
-    counts = [cell.rows[key].get("n") for cell in draws.cells]
-    finite = draws.draws[np.isfinite(draws.draws)]
+def _counts(cells: Sequence[Cell], key: Key) -> dict[str, Any]:
+    """sd over seeds, and what was counted in all cells that have the figure."""
+    having = [cell for cell in cells if cell.value(key) is not None]
+    values, counts = [cell.value(key) for cell in having], [cell.rows[key].get("n") for cell in having]
     return {
-        "seeds": len(draws.values), "value": draws.value, "ci_low": low, "ci_high": high,
-        "t_low": t_low, "t_high": t_high,
-        "sd": float(draws.values.std(ddof=1)) if len(draws.values) > 1 else None,
-        "stderr": float(finite.std(ddof=1)) * _few(len(draws.values)) if low is not None else None,
-        "n": None if None in counts else float(sum(counts)),
-        "units": sum(len(_units(cell, key).units) for cell in draws.cells),
-        "note": "; ".join(filter(None, [why, note])),
-    }  # fmt: skip
+        "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "n": None if None in counts or not counts else float(sum(counts)),
+        "units": sum(len(cell.measured[key].units) if key in cell.measured else 1 for cell in having) or None,
+    }
 
 
-def _few(seeds: int) -> float:
-    """The spread of resamples underestimates that of samples by (seeds - 1) / seeds in the variance."""
-    return (seeds / (seeds - 1)) ** 0.5 if seeds > 1 else 1.0
-
-
-def _difference_columns(group: Group, drawn: dict[Group, Draws], key: Key, baseline_level: float, seed: int) -> dict[str, Any]:
-    base = baseline_of(group, list(drawn), baseline_level)
-    apart = difference(drawn[group], drawn[base], key, seed) if base else None
-    if apart is None or group.level is None:
-        return {}
-    low, high, _ = interval(apart, key)
-    t_low, t_high = t_interval(apart.values)
-    return {
-        "difference": apart.value, "difference_low": low, "difference_high": high, "difference_t_low": t_low,
-        "difference_t_high": t_high, "baseline": f"{base.arm}, level {base.level:g}",
-    }  # fmt: skip
+def _difference_columns(cells: Sequence[Cell], base: Group | None, groups: dict[Group, list[Cell]], key: Key, notes: list[str]) -> dict[str, Any]:
+    """The difference to the baseline; what its note says beyond the group's is added to `notes`."""
+    if base is None:
+        return dict.fromkeys(("difference", "difference_low", "difference_high", "difference_p", "baseline", "difference_t_low", "difference_t_high"))
+    apart = difference_estimate(cells, groups[base], key)
+    said = set("; ".join(notes).split("; "))
+    own = [note for note in apart.note.split("; ") if note and note not in said]
+    notes += [f"difference: {'; '.join(own)}"] if own else []
+    return {"difference": apart.value, "difference_low": apart.low, "difference_high": apart.high, "difference_p": apart.p,
+            "baseline": f"{base.arm}, level {base.level:g}",
+            "difference_t_low": apart.low if apart.seeds > 1 else None, "difference_t_high": apart.high if apart.seeds > 1 else None}  # fmt: skip

@@ -16,12 +16,23 @@ from scipy import optimize
 
 from .records import Measured
 from .report_cells import Cell, Key
-from .spread import ALPHA, Spread, half_width, in_runs, linearized, share_bounds, spread_of, standard_error, t_quantile
+from .spread import (
+    ALPHA,
+    CLOPPER_PEARSON,
+    TOO_LARGE,
+    Spread,
+    half_width,
+    in_runs,
+    interval_error,
+    pseudo_values,
+    share_bounds,
+    spread_of,
+    standard_error,
+    too_large,
+)
 
-LARGEST = 1e90  # of a figure with an interval: squares of larger ones are no numbers
 SMALLEST_P = 1e-12  # stated instead of smaller ones
-ALONE, TOO_LARGE = "one seed and one unit: no interval", "too large to square: no interval"
-EXACT = "Clopper-Pearson interval, as of independent answers"
+ALONE = "one seed and one unit: no interval"
 Bounds = Callable[[float], tuple[float, float]]  # of an interval, by its alpha
 Term = tuple[float, Cell]
 
@@ -118,10 +129,11 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 
 
 class _Part(NamedTuple):
-    """A contrast over seeds, before its interval: values [S], their spread, whether the figure is a share, and notes."""
+    """A contrast over seeds, before its interval: values [S], their spread, units, whether it is a share, and notes."""
 
     values: np.ndarray
     spread: Spread
+    units: int  # spread.units are sums of these, where they are many
     share: bool
     notes: list[str]
 
@@ -147,7 +159,7 @@ class _Part(NamedTuple):
 
     def inside(self, alpha: float) -> tuple[float, float]:
         """Bounds of a share."""
-        number = self.spread.units if self.spread.units > 1 else self.spread.seeds
+        number = self.units if self.units > 1 else self.spread.seeds
         low, high = share_bounds(self.value, half_width(self.spread, alpha), number, alpha)
         return float(low), float(high)
 
@@ -155,14 +167,14 @@ class _Part(NamedTuple):
 def _estimate(lines: Sequence[Sequence[Term]], key: Key, notes: Sequence[str]) -> Estimate:
     """The mean over seeds of weighted sums of cells, a line of terms for each seed."""
     part = _part(lines, key)
-    found = Estimate(part.value, None, None, None, None, len(lines), part.spread.units, "",
+    found = Estimate(part.value, None, None, None, None, len(lines), part.units, "",
                      {terms[0][1].seed: float(own) for terms, own in zip(lines, part.values, strict=True)})  # fmt: skip
     notes, single = [*part.notes, *notes], len(lines[0]) == 1
     if part.alone or not part.squarable:
         return replace(found, note=_joined(ALONE if part.alone else TOO_LARGE, *notes))
     equal = part.half == 0.0
     if equal:
-        notes.insert(0, f"{_all(part.spread)} equal: {EXACT if part.share else 'no interval'}")
+        notes.insert(0, f"{_all(part)} equal: {CLOPPER_PEARSON if part.share else 'no interval'}")
     if part.spread.seeds < 2:
         notes.insert(0, "one seed: over prompts only, says nothing about training")
     if equal and not part.share:
@@ -177,7 +189,7 @@ def _independent(sides: Sequence[tuple[float, Sequence[Cell]]], key: Key, why: s
     """A weighted sum of groups that have nothing in common."""
     parts = [(weight, _part([[(1.0, cell)] for cell in cells], key)) for weight, cells in sides]
     value = sum(weight * part.value for weight, part in parts)
-    found = Estimate(value, None, None, None, None, min(len(cells) for _, cells in sides), min(part.spread.units for _, part in parts), "")
+    found = Estimate(value, None, None, None, None, min(len(cells) for _, cells in sides), min(part.units for _, part in parts), "")
     notes = [why, *(note for _, part in parts for note in part.notes)]
     if any(part.alone or not part.squarable for _, part in parts):
         return replace(found, note=_joined(ALONE if any(part.alone for _, part in parts) else TOO_LARGE, *notes))
@@ -191,8 +203,7 @@ def _independent(sides: Sequence[tuple[float, Sequence[Cell]]], key: Key, why: s
 
 def _finished(found: Estimate, bounds: Bounds, error: float, notes: Sequence[str], tested: bool) -> Estimate:
     low, high = bounds(ALPHA)
-    error = error or (high - low) / (2 * t_quantile(10**9))  # where nothing varies, as wide as the exact interval
-    return replace(found, stderr=error, low=low, high=high, p=_touching(found.value, bounds) if tested else None, note=_joined(*notes))
+    return replace(found, stderr=error or interval_error(low, high), low=low, high=high, p=_touching(found.value, bounds) if tested else None, note=_joined(*notes))
 
 
 def _recovered(value: float, parts: Sequence[tuple[float, _Part]]) -> Bounds:
@@ -239,14 +250,14 @@ def _part(lines: Sequence[Sequence[Term]], key: Key) -> _Part:
     own = None if len(lines[0]) == 1 else units  # a group's value is the mean of its cells' own
     values = np.array([sum(weight * _value(cell, key, own) for weight, cell in terms) for terms in lines])
     scale = max(abs(weight * cell.value(key)) for terms in lines for weight, cell in terms)
-    y = _matrix(lines, key, units) if units else None
+    y, count = _matrix(lines, key, units) if units else (None, 1)
     share = any(cell.rows[key].get("unit") == "share" for cell in cells)
-    if not max(scale, np.abs(values).max(), 0.0 if y is None else np.abs(y).max()) < LARGEST:
-        return _Part(values, Spread(*[np.array(inf)] * 3, len(lines), len(units or [0])), share, notes)
-    return _Part(values, spread_of(values, y, scale), share, notes)
+    if too_large(scale, values, 0.0 if y is None else y):
+        return _Part(values, Spread(*[np.array(inf)] * 3, len(lines), count), count, share, notes)
+    return _Part(values, spread_of(values, y, scale), count, share, notes)
 
 
-def shared_units(cells: Sequence[Cell], key: Key) -> tuple[list | None, list[str]]:
+def shared_units(cells: Sequence[Cell], key: Key) -> tuple[Sequence | None, list[str]]:
     """Units that count, and are finite, in every cell, in the first cell's order; and notes on those that are left out.
 
     None where a cell keeps no units of the figure; [] where none is shared.
@@ -254,17 +265,18 @@ def shared_units(cells: Sequence[Cell], key: Key) -> tuple[list | None, list[str
     measured = [cell.measured.get(key) for cell in cells]
     if any(item is None for item in measured):
         return None, ["no units kept: over seeds only"] if len(cells) > 1 else ["no units kept"]
-    units, most = list(measured[0].units), max(len(item.units) for item in measured)
+    units, most = measured[0].units, max(len(item.units) for item in measured)
     for item in measured[1:]:
-        if item.units is not measured[0].units and list(item.units) != units:
+        if item.units is not units and list(item.units) != list(units):
             known = set(item.units)
             units = [unit for unit in units if unit in known]
     notes = [f"{most - len(units)} of {most} units are not in every cell: left out"] if len(units) < most else []
-    broken = {unit for item in measured for unit in _not_finite(item)} & set(units)
+    broken = {unit for item in measured for unit in _not_finite(item)}
+    broken = broken & set(units) if broken else broken
     if broken:
         notes.append(f"{len(broken)} of {most} units are not finite: left out")
         units = [unit for unit in units if unit not in broken]
-    if any(not _chosen(item, units)[1].sum() > 0 for item in measured):
+    if units and any(not _chosen(item, units)[1].sum() > 0 for item in measured):
         units = []
     return units, notes
 
@@ -273,7 +285,7 @@ def _not_finite(item: Measured) -> list:
     return [item.units[place] for place in np.flatnonzero(~(np.isfinite(item.totals) & np.isfinite(item.counts)))]
 
 
-def _value(cell: Cell, key: Key, units: list | None) -> float:
+def _value(cell: Cell, key: Key, units: Sequence | None) -> float:
     """The cell's figure, or that of some of its units."""
     if not units or len(units) == len(cell.measured[key].units):
         return cell.value(key)
@@ -281,33 +293,33 @@ def _value(cell: Cell, key: Key, units: list | None) -> float:
     return float(totals.sum() / counts.sum())
 
 
-def _chosen(item: Measured, units: list) -> tuple[np.ndarray, np.ndarray]:
+def _chosen(item: Measured, units: Sequence) -> tuple[np.ndarray, np.ndarray]:
     """(totals, counts) of some units, in their order."""
-    if item.units is units or list(item.units) == units:
+    if item.units is units or list(item.units) == list(units):
         return item.totals, item.counts
     places = {unit: place for place, unit in enumerate(item.units)}
     chosen = [places[unit] for unit in units]
     return item.totals[chosen], item.counts[chosen]
 
 
-def _matrix(lines: Sequence[Sequence[Term]], key: Key, units: list) -> np.ndarray:
-    """Weighted sums by seed and unit, [S, U], at most MAX_UNITS of them."""
+def _matrix(lines: Sequence[Sequence[Term]], key: Key, units: Sequence) -> tuple[np.ndarray, int]:
+    """Weighted sums by seed and unit, [S, U], at most MAX_UNITS of them; and how many units they are."""
     arrays = [_chosen(cell.measured[key], units) for terms in lines for _, cell in terms]
     totals, counts = (np.stack(side).reshape(len(lines), len(lines[0]), -1) for side in zip(*arrays, strict=True))
     used = counts.any(axis=(0, 1))
     totals, counts = (in_runs(array if used.all() else array[..., used]) for array in (totals, counts))
     weights = np.array([[weight for weight, _ in terms] for terms in lines])
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks
-        return (weights[..., None] * linearized(totals, counts)).sum(axis=1)
+        return (weights[..., None] * pseudo_values(totals, counts)).sum(axis=1), int(used.sum())
 
 
 def _nothing(why: str) -> Estimate:
     return Estimate(None, None, None, None, None, 0, 0, why)
 
 
-def _all(spread: Spread) -> str:
+def _all(part: _Part) -> str:
     """"all 3 seeds and 32 units are"."""
-    counts = [f"{count} {name}" for count, name in ((spread.seeds, "seeds"), (spread.units, "units")) if count > 1]
+    counts = [f"{count} {name}" for count, name in ((part.spread.seeds, "seeds"), (part.units, "units")) if count > 1]
     return f"all {' and '.join(counts)} are"
 
 

@@ -1,93 +1,67 @@
-"""Standard errors and 95 % intervals of `Measured` figures.
+"""A cell's figure as a row of its table: standard error and 95 % interval over the units of one model (spread.py)."""
 
-The bootstrap over units; over seeds and units together, and for
-paired differences, it is in aggregate.py. Intervals are *expanded* percentile intervals (Hesterberg 2015, The American Statistician
-69(4)): the percentile interval at the level whose normal width equals a t interval's. The plain one is too narrow for few
-units; BCa does no better there and breaks down where many units are equal, as rates of rare events are. The coverage of
-all three is simulated in tests/unit/test_intervals.py.
-"""
-
-import math
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from .records import Measured
+from .spread import (
+    CLOPPER_PEARSON,
+    TOO_LARGE,
+    half_width,
+    in_runs,
+    interval_error,
+    pseudo_values,
+    share_bounds,
+    spread_of,
+    standard_error,
+    too_large,
+)
 
-CONFIDENCE = 0.95
-MAX_UNITS = 500  # more are summed in runs of neighbors first: the same variance, a bounded cost
-FEW_UNITS = 6  # resampling fewer can not reach 95 %: the extremes of the data are the widest interval there is
-BATCH = 2_000_000  # units drawn at once: bounds memory
+NOTHING = {"stderr": None, "ci_low": None, "ci_high": None}
 
 
-def row(measured: Measured, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def row(measured: Measured) -> dict[str, Any]:
     """A figure with its standard error and 95 % interval, as a row of a results table.
 
     Returns:
-        metric, decoding, split, value, n (what was counted), units (that were resampled), stderr, ci_low, ci_high, unit,
-        settings, note. stderr and the interval are None without a value or with a single unit; where all units are equal
-        the interval has width 0.
+        metric, decoding, split, value, n (what was counted), units (that count), stderr, ci_low, ci_high, unit, settings, note.
+        stderr and the interval are None, with the reason in the note, without a value, with a single unit, and where all units
+        are equal; but a share always has an interval of two units or more, and none has width 0.
     """
-    used = measured.counts > 0
-    totals, counts = measured.totals[used], measured.counts[used]
-    interval = _interval(totals, counts, measured.value, resamples, seed)
-    result = {"metric": measured.metric, "decoding": measured.decoding, "split": measured.split, "value": measured.value, "n": round(float(measured.counts.sum())) if measured.n is None else measured.n,
-              "units": int(used.sum()), **interval, "unit": measured.unit, "settings": measured.settings,
-              "note": _notes(measured.note, interval["note"])}  # fmt: skip
-    return _clip_share(result)
+    used = (measured.counts > 0) | (measured.totals != 0)  # the others say nothing
+    value = _clipped(measured.value, measured.unit)
+    interval, why = _interval(measured.totals[used], measured.counts[used], value, measured.unit == "share")
+    if value is None and not measured.note:
+        why = "a unit is not finite" if used.any() else "nothing was counted"
+    return {"metric": measured.metric, "decoding": measured.decoding, "split": measured.split, "value": value,
+            "n": round(float(measured.counts.sum())) if measured.n is None else measured.n, "units": int(used.sum()), **interval,
+            "unit": measured.unit, "settings": measured.settings, "note": _notes(measured.note, why)}  # fmt: skip
 
 
-def confidence_level(units: int) -> float:
-    """Level at which the percentile interval of `units` units is as wide as a t interval, for normal data."""
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, units - 1) * math.sqrt(units / (units - 1))
-    return float(1 - 2 * stats.norm.sf(quantile))
-
-
-def _interval(totals: np.ndarray, counts: np.ndarray, value: float | None, resamples: int, seed: int) -> dict[str, Any]:
-    """stderr, ci_low, ci_high and a note, for the ratio of sums."""
-    units = len(totals)
-    nothing = {"stderr": None, "ci_low": None, "ci_high": None, "note": None}
+def _interval(totals: np.ndarray, counts: np.ndarray, value: float | None, share: bool) -> tuple[dict[str, Any], str | None]:
+    """stderr, ci_low, ci_high; and why there is no interval, or which."""
     if value is None:
-        return nothing
-    if units < 2:
-        return nothing | {"note": "one unit: no interval"}
-    if _constant(totals / counts):
-        return {"stderr": 0.0, "ci_low": value, "ci_high": value, "note": "all units are equal"}
-    totals, counts = _in_runs(totals), _in_runs(counts)
-    units = len(totals)
-    result = stats.bootstrap(
-        (totals, counts), _ratio, n_resamples=resamples, batch=max(1, BATCH // units), vectorized=True, paired=True,
-        confidence_level=confidence_level(units), method="percentile", random_state=np.random.default_rng(seed),
-    )  # fmt: skip
-    low, high = (float(bound) for bound in result.confidence_interval)
-    # The spread of resamples underestimates that of samples by (units - 1) / units in the variance.
-    error = float(result.standard_error) * math.sqrt(units / (units - 1))
-    note = f"{units} units: the interval is narrower than 95 %" if units < FEW_UNITS else None
-    return {"stderr": error, "ci_low": low, "ci_high": high, "note": note}
+        return NOTHING, None
+    if len(totals) < 2:
+        return NOTHING, "one unit: no interval"
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = pseudo_values(in_runs(totals), in_runs(counts))
+    if too_large(y):
+        return NOTHING, TOO_LARGE
+    spread = spread_of(y.mean(keepdims=True), y[None])
+    half, number = float(half_width(spread)), len(totals)
+    if half == 0.0 and not share:
+        return NOTHING, f"all {number} units are equal: no interval"
+    low, high = share_bounds(value, half, number) if share else (value - half, value + half)
+    error = float(standard_error(spread)) if half > 0 else interval_error(low, high)
+    note = None if half > 0 else f"all {number} units are equal: {CLOPPER_PEARSON}"
+    return {"stderr": error, "ci_low": float(low), "ci_high": float(high)}, note
 
 
-def _clip_share(result: dict[str, Any]) -> dict[str, Any]:
-    """A share lies in 0..1: ends of intervals over pseudo-values of the jackknife need not, nor a value after rounding."""
-    if result["unit"] == "share":
-        for key in ("value", "ci_low", "ci_high"):
-            result[key] = None if result[key] is None else min(1.0, max(0.0, result[key]))
-    return result
-
-
-def _ratio(totals: np.ndarray, counts: np.ndarray, axis: int = -1) -> np.ndarray:
-    return totals.sum(axis=axis) / counts.sum(axis=axis)
-
-
-def _constant(values: np.ndarray) -> bool:
-    """Whether all are equal, rounding aside."""
-    return bool(np.ptp(values) <= 1e-12 * max(1e-300, np.abs(values).max()))
-
-
-def _in_runs(array: np.ndarray) -> np.ndarray:
-    """At most MAX_UNITS sums over runs of neighboring units of (nearly) equal number."""
-    units = len(array)
-    return array if units <= MAX_UNITS else np.add.reduceat(array, np.arange(MAX_UNITS) * units // MAX_UNITS)
+def _clipped(value: float | None, unit: str) -> float | None:
+    """A share lies in 0..1, whatever rounding and pseudo-values of a jackknife say."""
+    return value if value is None or unit != "share" else min(1.0, max(0.0, value))
 
 
 def _notes(*notes: str | None) -> str | None:

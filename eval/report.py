@@ -109,7 +109,7 @@ def analyze(evaluation: Evaluation, baseline_level: float = 0.0, predictions: Pa
     trends: list[Trend] = []
     for key in keys_of(evaluation.cells):
         drawn = draw(groups, key)
-        rows += group_rows(groups, drawn, key, baseline_level)
+        rows += group_rows(groups, key, baseline_level)
         found = [trend(architecture, arm, key, drawn) for architecture in architectures if key.decoding != REFERENCE]
         trends += [item for item in found if item is not None]
     facts = Facts(rows, trends, arm, baseline_level)
@@ -182,7 +182,7 @@ def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
                     "figures": " | ".join(item.figures)} for item in analysis.judged]  # fmt: skip
     arms = [{**line["group"]._asdict(), "concentrates": line["concentrates"],
              **{f"{key} {name}": row[name] if row else None for key, row in line["rows"].items()
-                for name in ("difference", "difference_low", "difference_high", "difference_t_low", "difference_t_high")}}
+                for name in ("difference", "difference_low", "difference_high", "difference_p")}}
             for line in analysis.arms]  # fmt: skip
     cells = results_frame(analysis.evaluation.cells).astype(object)
     groups = [{name: json.dumps(value) if isinstance(value, dict) else value for name, value in row.items()} for row in analysis.rows]

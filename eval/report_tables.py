@@ -25,8 +25,8 @@ NAMES = {"high_frequency_share": "high-frequency share", "high_frequency_word_sh
          **{f"{name}_{n}": f"{name.replace('_', '-')}-{n}" for name in ("distinct", "seq_rep") for n in range(1, 5)}}  # fmt: skip
 UNITS = {"share": "", "": "", None: "", "-": ""}
 
-TABLE_COLUMNS = ["metric", "where", "architecture", "arm", "level", "value", "low", "high", "t low", "t high", "se", "unit", "seeds", "units",
-                 "difference", "d low", "d high", "per seed", "note"]  # fmt: skip
+TABLE_COLUMNS = ["metric", "where", "architecture", "arm", "level", "value", "low", "high", "se", "unit", "seeds", "units",
+                 "difference", "d low", "d high", "d p", "per seed", "note"]  # fmt: skip
 
 
 def metric_title(key: Key, unit: str | None) -> str:
@@ -48,8 +48,8 @@ def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
     """Lines of the page's big table, in TABLE_COLUMNS."""
     return [
         [row["metric"], row["decoding"] or row["split"] or "", row["architecture"], row["arm"], row["level"], row["value"],
-         row["ci_low"], row["ci_high"], row["t_low"], row["t_high"], row["stderr"], row["unit"] or "", row["seeds"], row["units"], row["difference"],
-         row["difference_low"], row["difference_high"],
+         row["ci_low"], row["ci_high"], row["stderr"], row["unit"] or "", row["seeds"], row["units"], row["difference"],
+         row["difference_low"], row["difference_high"], row["difference_p"],
          " ".join("null" if value is None else f"{value:.4g}" for value in row["values"].values()), row["note"]]
         for row in rows
     ]  # fmt: skip

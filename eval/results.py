@@ -89,8 +89,8 @@ def _residuals(figure: Measured, groups: int) -> np.ndarray:
     return np.bincount(group, residual, groups) * groups / figure.counts.sum()
 
 
-def scores(cell_id: str, measured: Sequence[Measured], resamples: int) -> dict[str, Any]:
+def scores(cell_id: str, measured: Sequence[Measured]) -> dict[str, Any]:
     """What scores.json holds: a row a figure, with value, n, standard error and interval. No time, no place."""
     from .intervals import row
 
-    return {"version": SCORES_VERSION, "id": cell_id, "rows": [row(figure, resamples=resamples, seed=0) for figure in measured]}
+    return {"version": SCORES_VERSION, "id": cell_id, "rows": [row(figure) for figure in measured]}

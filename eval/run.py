@@ -216,7 +216,7 @@ def evaluate(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any) -> Non
             cell.write_records(records, list(suite.parsed_decodings()))
             cell.write_prompts(texts.prompts)
             measured = all_measured(tasks, records, cell.scratch, context, texts.prompts, suite) + downstream
-            scored = scores(plan.cell_id, measured, suite.bootstrap.resamples)
+            scored = scores(plan.cell_id, measured)
             clock.lap("measuring")
             facts = {**texts.facts, "tokenizer": tokenizer_hash(loaded.tokenizer)}
             cell.finish(describe_cell(plan, args, suite, ranks, place, facts, clock.seconds), scored, measured)

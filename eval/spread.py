@@ -17,6 +17,9 @@ from scipy import special
 ALPHA = 0.05
 MAX_UNITS = 500  # more are summed in runs of neighbors first: the same variance, a bounded cost
 ROUNDING = 1e-12  # of the figures: a smaller spread is none
+LARGEST = 1e90  # of a figure with an interval: squares of larger ones are no numbers
+TOO_LARGE = "too large to square: no interval"
+CLOPPER_PEARSON = "Clopper-Pearson interval, as of independent answers"
 
 
 class Spread(NamedTuple):
@@ -41,14 +44,16 @@ def in_runs(array: np.ndarray) -> np.ndarray:
     return array if units <= MAX_UNITS else np.add.reduceat(array, np.arange(MAX_UNITS) * units // MAX_UNITS, axis=-1)
 
 
-def linearized(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """What each unit says of the ratio of sums r = T / C, [..., U]: r + (total - r count) U / C; its mean over units is r.
+def pseudo_values(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """What each unit says of the ratio of sums r = T / C, [..., U], with mean r: the delete-one jackknife's pseudo-values.
 
-    A count of 0 over all units is not allowed.
+    Plain linearization takes U / C for (U - 1) / (C - count) and falls short where few units hold most of the count. A count
+    of 0 over all units is not allowed; a unit that holds all of it says r, as the others do.
     """
-    whole = counts.sum(axis=-1, keepdims=True)
-    ratio = totals.sum(axis=-1, keepdims=True) / whole
-    return ratio + (totals - ratio * counts) * (totals.shape[-1] / whole)
+    whole, units = counts.sum(axis=-1, keepdims=True), totals.shape[-1]
+    ratio, left = totals.sum(axis=-1, keepdims=True) / whole, whole - counts
+    apart = (units - 1) * np.divide(totals - ratio * counts, left, out=np.zeros(totals.shape), where=left > 0)
+    return ratio + apart - apart.mean(axis=-1, keepdims=True)
 
 
 def spread_of(values: np.ndarray, y: np.ndarray | None = None, scale: np.ndarray | float = 0.0) -> Spread:
@@ -87,6 +92,15 @@ def half_width(spread: Spread, alpha: float = ALPHA) -> np.ndarray:
     over_seeds, over_units, over_both = (t_quantile(freedom, alpha) ** 2 for freedom in (seeds, units, seeds * units))
     both = over_seeds * spread.by_seed + over_units * np.maximum(0.0, spread.by_unit - spread.rest)
     return np.sqrt(np.maximum(np.maximum(both, over_units * spread.by_unit), over_both * spread.rest))
+
+
+def interval_error(low: float, high: float) -> float:
+    """The standard error of a normal estimate with this interval: what is stated where nothing varies."""
+    return float((high - low) / (-2 * special.ndtri(ALPHA / 2)))
+
+
+def too_large(*arrays: np.ndarray | float) -> bool:
+    return not all(np.abs(array).max() < LARGEST for array in arrays)
 
 
 def t_quantile(freedom: int, alpha: float = ALPHA) -> float:

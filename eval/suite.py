@@ -115,10 +115,6 @@ class ExactMatchConfig(_Section):
     max_new_tokens: _Count | None = Field(None, description="tokens of an answer at most; null = 16")
 
 
-class BootstrapConfig(_Section):
-    resamples: Annotated[int, Field(ge=100, le=10**6)] = Field(2000, description="resamples of a bootstrap interval")
-
-
 class Suite(_Section):
     """What is measured of a model. Build it with `load` or `parse`, for one-line errors."""
 
@@ -151,7 +147,6 @@ class Suite(_Section):
     )  # fmt: skip
     downstream: DownstreamConfig = Field(DownstreamConfig(), description="lm-evaluation-harness")
     exact_match: ExactMatchConfig | None = Field(None, description="a generative task scored by exact match; null = none")
-    bootstrap: BootstrapConfig = Field(BootstrapConfig(), description="intervals")
 
     @classmethod
     def load(cls, name: str) -> "Suite":
@@ -178,6 +173,8 @@ class Suite(_Section):
         if not isinstance(block, dict):
             raise UserError(f"{source}: holds {show_value(block)}; a suite is a mapping with any of the keys "
                             f"{', '.join(cls.model_fields)}")
+        if "bootstrap" in block:
+            raise UserError(f"{source}: bootstrap is no key any more, as intervals are computed without resampling; take it out")
         try:
             suite = cls.model_validate(block)
         except ValidationError as error:

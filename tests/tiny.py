@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SUITE = {
     "name": "tiny", "batch_size": 4, "max_new_tokens": 8, "samples_per_prompt": 2, "prompts": {"count": 8, "tokens": 6},
     "text": {"held_out_windows": 8, "train_windows": 8, "window": 32}, "minimal_pairs": {"enabled": False},
-    "synthetic": False, "bootstrap": {"resamples": 200},
+    "synthetic": False,
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ WORDS = "the quick brown fox jumps over a lazy dog while seven bright stars shin
 SUITE = {
     "name": "tiny", "batch_size": 4, "max_new_tokens": 12, "samples_per_prompt": 2,
     "prompts": {"count": 8, "tokens": 6}, "text": {"held_out_windows": 8, "train_windows": 8, "window": 32},
-    "minimal_pairs": {"enabled": False}, "bootstrap": {"resamples": 200},
+    "minimal_pairs": {"enabled": False},
 }  # fmt: skip
 RESULTS = ("samples.jsonl", "scores.json", "items.parquet", "records/text_held_out.jsonl", "records/text_train.jsonl")
 

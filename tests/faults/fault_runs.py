@@ -28,7 +28,7 @@ STABILITY = {
 SUITE = {
     "name": "tiny", "batch_size": 4, "max_new_tokens": 24, "samples_per_prompt": 2,
     "prompts": {"count": 24, "tokens": 6}, "text": {"held_out_windows": 16, "train_windows": 16, "window": 32},
-    "minimal_pairs": {"enabled": False}, "bootstrap": {"resamples": 200},
+    "minimal_pairs": {"enabled": False},
 }  # fmt: skip
 SWEEP = f"""
 name: faults

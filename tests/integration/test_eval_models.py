@@ -16,7 +16,7 @@ from ds_stability.eval.cell import describe_run
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven bright stars shine on cold water near old stone walls".split()
 SUITE = {
-    "name": "tiny", "batch_size": 4, "max_new_tokens": 8, "prompts": {"count": 4, "tokens": 4}, "bootstrap": {"resamples": 100},
+    "name": "tiny", "batch_size": 4, "max_new_tokens": 8, "prompts": {"count": 4, "tokens": 4},
     "text": {"held_out_windows": 4, "train_windows": 4, "window": 16}, "minimal_pairs": {"per_phenomenon": 1},
     "exact_match": {"task": "arithmetic", "samples": 8, "limit": 1},
 }  # fmt: skip

@@ -30,7 +30,7 @@ def run(metric_speed, monkeypatch, *arguments):
 
 
 def test_a_small_run(metric_speed, monkeypatch, tmp_path):
-    arguments = ("--texts", 64, "--tokens", 24, "--rounds", 1, "--resamples", 50, "--output", tmp_path)
+    arguments = ("--texts", 64, "--tokens", 24, "--rounds", 1, "--output", tmp_path)
     assert run(metric_speed, monkeypatch, *arguments) == 0
     result = json.loads((tmp_path / "metric_speed.json").read_text())
     assert result["kind"] == "metric_speed" and result["settings"]["texts"] == 64 and {"nltk", "sacrebleu"} <= result["versions"].keys()

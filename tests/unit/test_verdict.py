@@ -98,7 +98,7 @@ def make_facts(curves, seeds=(0, 1, 2), noise=0.02, units=12, arms=None):
     arm, rows, trends = aggregate.main_arm(groups), [], []
     for key in curves:
         drawn = aggregate.draw(groups, key)
-        rows += aggregate.group_rows(groups, drawn, key)
+        rows += aggregate.group_rows(groups, key)
         found = [trend.trend(architecture, arm, key, drawn) for architecture in {group.architecture for group in groups}]
         trends += [item for item in found if item]
     return Facts(rows, trends, arm)
