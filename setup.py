@@ -44,6 +44,7 @@ setup(
         "jinja2>=3.1",
         "pandas>=2.0",
         "psutil>=5.9",
+        "regex>=2025.10.22",
     ],
     extras_require={
         "peft": ["peft>=0.17"],

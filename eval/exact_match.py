@@ -1,22 +1,32 @@
 """A generative task scored by exact match: pass@k over the samples of each item.
 
 An item is a prompt with examples and the answer that should follow. The answer is looked for in the first line of what the
-model writes (leading blank space aside): where the right answer is a whole number, the first whole number of that line;
-else the whole line. Both are compared without case, without punctuation or blank space around them, and with single spaces
-inside. A model that writes nothing, or never a number, is wrong, and its score is 0.
+model writes (leading blank space aside). Where the right answer is a number, it is the first number of that line, compared
+by value; else it is the whole line.
+
+A number has digits with an optional sign (U+2212 and dashes too), decimals ("3.0" is 3, "3.5" is not; "3." ends a sentence),
+groups of thousands ("1,000" is 1000; "1,2" is a list that begins with 1) and an exponent ("1e3"). Brackets, currency and
+percent signs around it do not count. Part of something else is no number: "x3", "3rd", "3km", "3/4", "5^2", "3:30", "3.5.1".
+
+Texts are compared in NFKC (ligatures, full-width digits), without case, with plain quotes and dashes, without punctuation or
+blank space around them, and with single spaces inside. Unlike SQuAD's and lm-eval's `ignore_punctuation`, articles and
+punctuation inside count. A model that writes nothing, or never a number, is wrong, and its score is 0.
 
 pass@k is the chance that at least one of k samples is right, by the unbiased estimator of Chen et al. 2021 ("Evaluating
 Large Language Models Trained on Code"): 1 - C(n - c, k) / C(n, k) for c right ones of n samples, averaged over items.
 """
 
 import os
-import re
 import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from math import comb
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
+
+import regex
 
 from ds_stability.data.text_files import iter_lines
 from ds_stability.errors import UserError
@@ -25,15 +35,25 @@ from ds_stability.safe_read import is_text, parse_json
 from .decoding import DEFAULT_DECODINGS, Decoding, sample_key
 from .prompts import MAX_CHARACTERS
 from .records import Measured
+from .segments import plain
 
 TASKS = Path(__file__).parent / "suites" / "tasks"
 MAX_NEW_TOKENS = 16
 SAMPLES = 8
 PASS_AT = (1, 8)
-LONGEST_NUMBER = 1000
 CHANCE = 0.0  # of a text that must match
-_NUMBER = re.compile(r"-?\d+")
-_AROUND = string.punctuation + string.whitespace
+_PLAIN = str.maketrans({
+    **dict.fromkeys("“”„‟«»", '"'), **dict.fromkeys("‘’‚‛‹›`´", "'"), **dict.fromkeys("‐‑‒–—―−", "-"), "٫": ".", "٬": ",", "⁄": "/"})  # fmt: skip
+_KEPT = rf"[^\p{{P}}\s{regex.escape(string.punctuation)}]"
+_FIRST_KEPT, _LAST_KEPT = regex.compile(_KEPT), regex.compile(rf"(?r){_KEPT}")
+# Nothing may adjoin that makes it part of a name, ordinal, unit, power, fraction, time or version; ++ keeps digits together.
+_NUMBER = regex.compile(
+    r"(?<![\p{Ll}\d_^]|\d[.:/]|(?<!\.)\.)"
+    r"(?P<sign>(?<!\w)[-+])?(?:\p{Sc}\s?)?"
+    r"(?P<digits>\d{1,3}(?:,\d{3})++(?!,?\d)(?:\.\d++)?|\d++(?:\.\d++)?|(?<![\w.])\.\d++)"
+    r"(?P<exponent>e[+-]?\d{1,3}(?!\d))?"
+    r"(?![\p{Ll}\d_^]|[.:/]\d)")  # fmt: skip
+_NOT_IN_NUMBERS = regex.compile("[²³¹⁰⁴-⁹₀-₉]+"), regex.compile("[—―]")  # exponents; dashes that are no sign
 
 
 @dataclass(frozen=True)
@@ -70,33 +90,51 @@ def _item(line: str, where: str) -> Item:
         prompt, answer, kind = row["prompt"], row["answer"], row.get("kind", "")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"exact_match.task {where}: is no JSON object with prompt and answer") from None
-    if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not normalized(answer):
+    if not isinstance(prompt, str) or not isinstance(answer, str) or not prompt or not expected(answer):
         raise UserError(f"exact_match.task {where}: prompt and answer must be texts that are not empty")
     if not (is_text(prompt) and is_text(answer) and is_text(str(kind))) or len(line) > MAX_CHARACTERS:
         raise UserError(f"exact_match.task {where}: a NUL, half of a surrogate pair, or more than {MAX_CHARACTERS} characters")
     return Item(prompt, answer, str(kind))
 
 
+def _folded(text: str) -> str:
+    return normalize("NFKC", normalize("NFKC", plain(text)).translate(_PLAIN).casefold())
+
+
 def normalized(text: str) -> str:
-    """Lower case, single spaces, nothing but a letter, a digit or a leading minus at the ends."""
-    text = " ".join(text.casefold().split())
-    if _NUMBER.fullmatch(text):
-        return str(int(text)) if len(text) <= LONGEST_NUMBER else text  # Python refuses to convert thousands of digits
-    return text.strip(_AROUND)
+    """A text in the form that is compared (see the module); "" if it is no more than punctuation."""
+    text = " ".join(_folded(text).split())
+    first, last = _FIRST_KEPT.search(text), _LAST_KEPT.search(text)
+    return text[first.start() : last.end()] if first else ""
+
+
+def _number(text: str, whole: bool = False) -> str:
+    """The value of the first number in a text, written in one way; "" if there is none, or with `whole` more than one word."""
+    raised, dash = _NOT_IN_NUMBERS
+    text = _folded(dash.sub(" ", raised.sub("^", text)))
+    found = _NUMBER.search(text)
+    if not found or (whole and regex.search(r"\w", text[: found.start()] + text[found.end() :])):
+        return ""
+    value = Decimal(found["digits"].replace(",", "") + (found["exponent"] or ""))
+    digits = f"{value:f}"
+    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return f"-{digits}" if found["sign"] == "-" and value else digits
+
+
+def expected(answer: str) -> str:
+    """The right answer in the form that is compared."""
+    return _number(answer, whole=True) or normalized(answer)
 
 
 def extracted(text: str, answer: str) -> str:
     """What a model answered, in the form that is compared; "" for nothing. The rule is the module's."""
-    lines = text.strip().splitlines()
+    lines = plain(text).strip().splitlines()
     first = lines[0] if lines else ""
-    if _NUMBER.fullmatch(answer.strip()):
-        number = _NUMBER.search(first)
-        return normalized(number.group()) if number else ""
-    return normalized(first)
+    return _number(first) if _number(answer, whole=True) else normalized(first)
 
 
 def is_correct(text: str, answer: str) -> bool:
-    return extracted(text, answer) == normalized(answer)
+    return extracted(text, answer) == expected(answer)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -1,8 +1,6 @@
 """Sentence lengths and punctuation of samples, beside those of human text.
 
-A sentence ends at ". ! ?" or an ellipsis, closing quotes and brackets included, before whitespace or the end of the text; a
-blank line is a border too, but does not complete a sentence. Its length is its number of words (runs of characters that
-are no whitespace and hold a letter or digit). A text that is cut off, or that never ends a sentence, leaves a fragment:
+What a sentence and a word are stands in `segments`; a blank line is a border too, but does not complete a sentence. A text that is cut off, or that never ends a sentence, leaves a fragment:
 its length is unknown, so that it counts in no distribution of lengths. Two figures see it nevertheless: words per
 sentence end, which divides *all* words by the ends, and the share of texts without any end.
 
@@ -10,7 +8,6 @@ Samples and references should be about equally long: the longer a sentence, the 
 """
 
 import math
-import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,41 +17,46 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import regex
 
 from .records import Measured, jackknife_units
+from .segments import find_words, plain, sentence_ends
 
 LONGEST = 80  # words: the last cell of the histogram takes all longer sentences (total variation only)
 MARKS = ".,;:!?-()\"'"  # what the distribution of punctuation runs over, and "other"
 _MARK_NAMES = (*MARKS, "other")
-_END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]]*(?=\s|$)")
-_BORDER = re.compile(r"\n\s*\n")
-_WORD = re.compile(r"\S*\w\S*")
-_PUNCTUATION = re.compile(r"[^\w\s]")
-_SAME = {"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2013": "-", "\u2014": "-", "[": "(", "]": ")"}
+_BORDER = regex.compile(r"\n\s*\n")
+_PUNCTUATION = regex.compile(r"[^\w\s\p{C}]")
+_INSIDE = regex.compile(r"(?<=\w)['’.-](?=\w)|(?<=\d)[,٫٬](?=\d)")
+_ALIKE = {'"': "“”„‟«»「」『』", "'": "‘’‚‛‹›", "-": "‐‑‒–—―", "(": "[（【《〈", ")": "]）】》〉", ".": "。｡．।॥۔።", ",": "，、､،፣",
+          "!": "！", "?": "？؟", ";": "；؛", ":": "："}  # fmt: skip
+_SAME = str.maketrans({mark: like for like, marks in _ALIKE.items() for mark in marks})
 
 
 def sentence_lengths(text: str) -> tuple[list[int], int]:
     """(words of each complete sentence, words in fragments). A sentence without a word is none."""
     complete, loose = [], 0
+    text = plain(text)
+    cased = text != text.lower()
     for paragraph in _BORDER.split(text):
         start = 0
-        for end in _END.finditer(paragraph):
-            words = len(_WORD.findall(paragraph[start : end.end()]))
-            start = end.end()
+        for end in sentence_ends(paragraph, cased):
+            words = len(find_words(paragraph[start:end]))
+            start = end
             if words:
                 complete.append(words)
-        loose += len(_WORD.findall(paragraph[start:]))
+        loose += len(find_words(paragraph[start:]))
     return complete, loose
 
 
 def punctuation_counts(text: str) -> Counter[str]:
-    """How often each of MARKS stands in `text`; typographic quotes and dashes count as plain ones, all else as "other".
+    """How often each of MARKS stands in `text`; typographic marks and those of other scripts count as the plain ones, if
+    there is one, all else that is neither letter, digit nor combining mark as "other".
 
-    An apostrophe or hyphen inside a word is no punctuation.
+    An apostrophe, hyphen, full stop or comma inside a word or number is no punctuation.
     """
-    outside = re.sub(r"(?<=\w)['\u2019-](?=\w)", "", text)
-    marks = (_SAME.get(mark, mark) for mark in _PUNCTUATION.findall(outside))
-    return Counter(mark if mark in MARKS else "other" for mark in marks)
+    found = _PUNCTUATION.findall(_INSIDE.sub("", plain(text)))
+    return Counter(mark if mark in MARKS else "other" for mark in "".join(found).translate(_SAME))
 
 
 @dataclass

@@ -289,7 +289,7 @@ def _trained(texts: list[str], limit: int | None, tokenizer: Any, vocab_size: in
 
 def high_frequency_words(texts: Iterable[str], coverage: float = COVERAGE) -> tuple[str, ...]:
     """The fewest most frequent words that make up `coverage` of all words, as for tokens; ties by spelling."""
-    from .metrics.words import words_of
+    from .segments import words_of
 
     counts: Counter[str] = Counter()
     for text in texts:

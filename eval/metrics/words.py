@@ -1,11 +1,9 @@
 """Words: their number, the share of frequent ones, and lexical diversity within a text.
 
-A word is a run of letters and digits, apostrophes inside it included, in lower case. Scripts without spaces come out as
-one word per run. Sources: MTLD, McCarthy and Jarvis 2010 (Behavior Research Methods 42); HD-D, McCarthy and Jarvis 2007
-(Language Testing 24).
+What a word is stands in `segments`. Sources: MTLD, McCarthy and Jarvis 2010 (Behavior Research Methods 42); HD-D, McCarthy
+and Jarvis 2007 (Language Testing 24).
 """
 
-import re
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,18 +12,14 @@ import numpy as np
 from scipy.special import gammaln
 
 from ..records import Measured
+from ..segments import is_unspaced, words_of
 from .layout import Layout
 from .ngrams import Corpus, distinct_per_owner
 
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 MTLD_THRESHOLD = 0.72
 HDD_DRAWS = 42
 MIN_WORDS = HDD_DRAWS  # of a text, for both: below, HD-D is undefined and MTLD rests on part of one factor
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text in order, in lower case."""
-    return WORD.findall(text.lower())
+UNSPACED_NOTE = "most words are Han or Hiragana characters, or runs between spaces of Thai, Lao, Khmer or Burmese"
 
 
 def number_words(texts: Iterable[Sequence[str]]) -> tuple[Corpus, dict[str, int]]:
@@ -85,6 +79,7 @@ class WordCounts:
     Attributes:
         words: its number of words. frequent: those in the high-frequency set.
         mtld, hdd: NaN where undefined. unique: whether it has MIN_WORDS words or more and repeats none.
+        unspaced: its words in scripts without spaces between words.
     """
 
     words: np.ndarray
@@ -92,18 +87,27 @@ class WordCounts:
     mtld: np.ndarray
     hdd: np.ndarray
     unique: np.ndarray
+    unspaced: np.ndarray
+
+    @property
+    def note(self) -> str | None:
+        """What most words are, where these are not words as readers know them."""
+        return UNSPACED_NOTE if 2 * self.unspaced.sum() > self.words.sum() else None
 
     @classmethod
     def of(cls, layout: Layout) -> "WordCounts":
         """Part by part: words are numbered anew in each."""
         texts, chosen = len(layout.lengths), layout.context.high_frequency_words or ()
-        whole = cls(*(np.zeros(texts, dtype=kind) for kind in (np.int32, np.int32, np.float64, np.float64, bool)))
+        whole = cls(*(np.zeros(texts, dtype=kind) for kind in (np.int32, np.int32, np.float64, np.float64, bool, np.int32)))
         for part in layout.parts():
             corpus, numbers = number_words(map(words_of, layout.written(part)))
             member = np.zeros(len(numbers) + 1, dtype=bool)
             member[[numbers[word] for word in chosen if word in numbers]] = True
             whole.words[part] = corpus.lengths
             whole.frequent[part] = np.bincount(corpus.text_of, member[corpus.tokens], len(part))
+            unspaced = np.fromiter(map(is_unspaced, numbers), bool, len(numbers))
+            if unspaced.any():
+                whole.unspaced[part] = np.bincount(corpus.text_of, unspaced[corpus.tokens], len(part))
             whole.mtld[part], whole.unique[part] = _mtld_of(corpus)
             whole.hdd[part] = hdd(corpus)
         return whole
@@ -115,7 +119,7 @@ def measure_words(layout: Layout) -> list[Measured]:
     texts, none = np.ones(len(counts.words)), counts.words == 0
     return [
         _high_frequency(layout, counts),
-        layout.per_prompt("words_per_text", counts.words, texts, "no text", unit="words"),
+        layout.per_prompt("words_per_text", counts.words, texts, "no text", unit="words", note=counts.note),
         layout.per_prompt("no_words_rate", none, texts, "no text", settings={"texts": int(none.sum())}),
         *_diversity(layout, counts),
     ]
@@ -128,9 +132,10 @@ def _high_frequency(layout: Layout, counts: WordCounts) -> Measured:
     settings = {"texts_without_words": wordless}
     if chosen is None:
         return layout.null(name, "no high-frequency set of words: give --reference_file", settings=settings)
-    note = f"{wordless} of {len(counts.words)} texts have no word" if wordless else None
+    notes = [f"{wordless} of {len(counts.words)} texts have no word"] * bool(wordless) + [counts.note] * bool(counts.note)
     settings["set_size"] = len(chosen)
-    return layout.per_prompt(name, counts.frequent, counts.words, "no text has a word", settings=settings, note=note)
+    return layout.per_prompt(name, counts.frequent, counts.words, "no text has a word", settings=settings,
+                             note="; ".join(notes) or None)  # fmt: skip
 
 
 def _mtld_of(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +157,7 @@ def _diversity(layout: Layout, counts: WordCounts) -> list[Measured]:
     settings = left_out | {"threshold": MTLD_THRESHOLD, "texts_without_repeat": unique}
     return [
         layout.per_prompt("mtld", np.nan_to_num(counts.mtld), np.isfinite(counts.mtld),
-                          nothing + (" and a repeated one" if unique else ""), "words", settings),
+                          nothing + (" and a repeated one" if unique else ""), "words", settings, counts.note),
         layout.per_prompt("hdd", np.nan_to_num(counts.hdd), np.isfinite(counts.hdd), nothing, "type-token ratio",
-                          left_out | {"draws": HDD_DRAWS}),
+                          left_out | {"draws": HDD_DRAWS}, counts.note),
     ]  # fmt: skip

@@ -64,6 +64,40 @@ def test_answers_are_found_by_the_rule(text, answer, found, right):
     assert extracted(text, answer) == found and is_correct(text, answer) == right
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("3.5", "3", False), ("3.", "3", True), ("3.0", "3", True), ("3.5.", "3.50", True), (".5", "0.5", True),
+        ("1,000", "1000", True), ("1000", "1,000", True), ("1,000", "1", False), ("12,345.60", "12345.6", True),
+        ("4,5,6", "4", True), ("1,0000", "10000", False), ("1 000", "1000", False),
+        ("3/4", "3", False), ("3/4", "4", False), ("3/4", "3/4", True), ("½", "1/2", True), ("3½", "31", False), ("½", "1", False),
+        ("3rd", "3", False), ("x3", "3", False), ("3km", "3", False), ("3 km", "3", True), ("x3 = 5", "5", True), ("8个苹果", "8", True),
+        ("1e3", "1000", True), ("1e3", "1", False), ("5^2", "5", False), ("5²", "5", False), ("5²", "52", False),
+        ("3.5.1", "3.5", False), ("10:30", "10", False), ("3_4", "3", False),
+        ("−8", "-8", True), ("–8", "-8", True), ("—8", "8", True), ("+8", "8", True), ("8-3", "8", True), ("-0", "0", True),
+        ("$3.00", "3", True), ("-$3", "-3", True), ("3%", "3", True), ("8 €", "8", True), ("(8)", "8", True), ("= 8", "8", True),
+        ("...8", "8", True), ("…8", "8", True), ("３", "3", True), ("१२", "12", True), ("٣٫٥", "3.5", True),
+        ("9" * 5000, "9" * 5000, True), ("9" * 5000, "9" * 4999, False), ("3", "3 apples", False),
+        ("“cold”", "cold", True), ("don’t", "don't", True), ("don't", "dont", False), ("ice–cold", "ice-cold", True), ("ﬁne", "FINE", True),
+        ("ＣＯＬＤ。", "cold", True), ("STRASSE", "straße", True), ("e\u0301te\u0301", "été", True), ("\ufeff\nco\xadld", "cold", True),
+        ("the cold", "cold", False), ("colder", "cold", False), ("हिन्दी।", "हिन्दी", True), ("हिन्द", "हिन्दी", False), ("\ud800", "cold", False),
+    ],
+)  # fmt: skip
+def test_numbers_count_by_value_and_texts_by_what_they_say(text, answer, right):
+    assert is_correct(text, answer) == right
+
+
+@given(st.decimals(-(10**9), 10**9, places=3), st.sampled_from(["{:f}", "{:,f}", "{:+f}", "{:e}", "${:,f}.", " ({:f})\n"]))
+def test_a_number_is_right_however_it_is_written(value, form):
+    assert is_correct(form.format(value), f"{value:f}") and not is_correct(form.format(value), f"{value + 1:f}")
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=40), st.text(st.characters(exclude_categories=()), min_size=1, max_size=20))
+def test_any_text_has_an_answer(text, answer):
+    assert is_correct(text, answer) in (True, False)
+    assert normalized(normalized(text)) == normalized(text)
+
+
 def test_our_items_are_sound():
     assert "arithmetic" in generative_tasks() and "ds_cloze" not in generative_tasks()
     items = load_items("arithmetic")

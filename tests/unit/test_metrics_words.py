@@ -11,27 +11,14 @@ from hypothesis import strategies as st
 
 from ds_stability.eval.metrics.layout import Layout
 from ds_stability.eval.metrics.ngrams import Corpus
-from ds_stability.eval.metrics.words import MIN_WORDS, hdd, measure_words, mtld, number_words, words_of
+from ds_stability.eval.metrics.words import MIN_WORDS, UNSPACED_NOTE, hdd, measure_words, mtld, number_words
 from ds_stability.eval.records import Sample, ScoringContext
+from ds_stability.eval.texts import high_frequency_words
 
 
 def measured(texts, frequent=None):
     samples = [Sample(i, "sample", 0, 0, [1], text, "length") for i, text in enumerate(texts)]
     return {row.metric: row for row in measure_words(Layout.of(samples, ScoringContext(10, high_frequency_words=frequent)))}
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("It's the King's; isn't it?", ["it's", "the", "king's", "isn't", "it"]),
-        ("«Été»—naïve_café 42", ["été", "naïve", "café", "42"]),
-        ("don’t 'quote'", ["don’t", "quote"]),
-        ('\n\n"" --- !!', []),
-        ("", []),
-    ],
-)
-def test_words(text, words):
-    assert words_of(text) == words
 
 
 def slow_factors(words):
@@ -99,6 +86,20 @@ def test_no_word_at_all_is_null_and_never_zero():
 
 def test_without_a_set_of_words():
     assert "reference_file" in measured(["a b"])["high_frequency_word_share"].note
+
+
+def test_the_set_of_words_and_the_samples_are_cut_alike():
+    """Decomposed training text and composed samples have the same words, of any script."""
+    chosen = high_frequency_words(["यह हिन्दी है है e\u0301te\u0301 e\u0301te\u0301"])
+    assert set(chosen) == {"है", "été"}
+    assert measured(["है हिन्दी ÉTÉ", "है"], chosen)["high_frequency_word_share"].value == pytest.approx(3 / 4)
+
+
+def test_rows_say_where_words_are_characters_or_runs():
+    rows = measured(["中文字，一个字", "ภาษาไทย", "two words"], ("中",))
+    assert rows["words_per_text"].value == pytest.approx(9 / 3) and rows["words_per_text"].note == UNSPACED_NOTE
+    assert rows["high_frequency_word_share"].note == UNSPACED_NOTE
+    assert measured(["中文", "three more words"])["words_per_text"].note is None
 
 
 def test_averages_take_long_texts_only():
