@@ -270,6 +270,10 @@ def _disagreements(cells: Sequence[Cell]) -> list[str]:
     suites = {str(cell.meta.get("suite_fingerprint")) for cell in cells}
     if len(suites) > 1:
         problems.append(f"the cells were evaluated under {len(suites)} different suites: their figures are not comparable")
+    versions = sorted({str(found.get("scores_version")) for cell in cells if isinstance(found := cell.meta.get("identity"), dict)})
+    if len(versions) > 1:
+        problems.append(f"the cells were scored by different versions of the metrics (scores version {', '.join(versions)}): evaluate "
+                        "those of the older one anew")  # fmt: skip
     sets = {json.dumps(found.get("sha") if isinstance(found := cell.meta.get("high_frequency"), dict) else None) for cell in cells}
     if len(sets) > 1:
         problems.append(f"the cells use {len(sets)} different high-frequency sets: their high-frequency shares are not comparable")

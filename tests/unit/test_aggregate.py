@@ -238,6 +238,13 @@ def test_different_suites_and_sets_are_told(folder):
     assert "2 different suites" in problems and "2 different high-frequency sets" in problems
 
 
+def test_scores_of_different_versions_are_told(folder):
+    for cell, version in (("gpt2-feedback-1-0", 2), ("gpt2-feedback-0-0", 3)):
+        path = folder / "cells" / cell / "cell.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "identity": {"scores_version": version}}))
+    assert "scores version 2, 3" in " ".join(read_evaluation(folder).problems)
+
+
 def test_nothing_to_read(tmp_path, folder):
     with pytest.raises(UserError, match="no folder cells/"):
         read_evaluation(tmp_path / "absent")
