@@ -36,7 +36,7 @@ _FORMAT = regex.compile(r"[\p{Cf}--\u200b]", regex.V1)
 _UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Line_Break=SA}]")
 
 # Ends a sentence never, even at the end of the text.
-TITLES = frozenset("""mr mrs ms mx messrs mme mmes mlle dr drs prof rev hon st ste capt col cmdr gen lt maj sgt cpl pvt adm
+TITLES = frozenset("""mr mrs ms mx messrs mme mmes mlle dr drs prof rev hon st ste capt col cmdr gen lieut lt maj sgt cpl pvt adm
     gov sen rep pres supt insp hr frl sra srta dra""".split())
 LATIN = frozenset("e.g i.e eg cf viz vs v al ca approx resp z.b d.h".split())
 # No end before a number, in digits or Roman.
@@ -49,7 +49,7 @@ STARTERS = frozenset("""the a an i he she it we you they this that these those t
     but or so not no yes one all both many some most each every another however""".split())
 
 _LONGEST = 8  # characters of an abbreviation that matter
-_CLOSING = r"[\p{Pe}\p{Pf}\p{Pi}\"'*_]*+"
+_CLOSING = r"[\p{Pe}\p{Pf}\p{Pi}\"'*_]*+(?:\[\d{1,3}\])*+"  # the mark of a footnote too
 _SPACED = r".!?…．"
 _END = regex.compile(
     rf"(?P<marks>[\p{{STerm}}{_SPACED}]++)(?:(?<![{_SPACED}])[\p{{Pe}}\p{{Pf}}\"']*+"

@@ -84,6 +84,7 @@ MARKED = [
     "Objects, e.g. lists (i.e. Sequences), etc. are mutable.| See Fig. 3, No. 5 and Vol. II of the manual.| No.| It is not so.|",
     "1. Open the file.|\n2. Read 3.5 MB of it.| Version 2.0 is new.| It has 12.| Done",
     "In the U.S. Senate.| In the U.S.| He left at 5 p.m. Monday, Dec. 4.| J. R. R. Tolkien wrote it.| So am I.| He ate at Smith & Co. Ltd.|",
+    "Saint Maximus (died 250) is a martyr.[1]| The saint is venerated.[2][3]| Let's ask Jane and co.| It is Mt. Fuji at 5th st. near it.|",
     "Wait ... and see.| He went…| Well?!| Yes ...| No.|",
     "He read Smith et al. (2009) vs. Jones.| Done.)| [Ref. 7 says so.]| The end",
 ]
