@@ -19,6 +19,7 @@ import common
 from ds_stability.errors import UserError
 from ds_stability.eval.report import Analysis, analyze, draw_figures
 from ds_stability.eval.report_cells import Key, read_evaluation
+from ds_stability.eval.trend import MINUS
 from ds_stability.eval.verdict import bracket
 from ds_stability.run_dir import write_atomic, write_json_atomic
 
@@ -96,10 +97,11 @@ def measurement(kind: str, analysis: Analysis, sweep: Path | None) -> dict[str, 
         "dirty_revisions": sorted({git["revision"] for git in gits if git["dirty"]}),
         "rows": group_figures(analysis),
         "trends": [trend.to_dict() for trend in analysis.trends if trend.key in COLUMNS.values()],
-        "predictions": [{"id": item.prediction.id, "statement": item.prediction.statement, "outcome": item.outcome,
-                         "figures": item.figures} for item in analysis.judged],
+        "predictions": [{"id": item.prediction.id, "statement": item.prediction.statement, "arm": item.arm,
+                         "outcome": item.outcome, "figures": item.figures} for item in analysis.judged],
         "sentences": analysis.sentences,
-        "arms": [{**line["group"]._asdict(), "concentrates": line["concentrates"], "relative": line["relative"]} for line in analysis.arms],
+        "arms": [{**line["group"]._asdict(), "concentrates": line["concentrates"], "relative": line["relative"],
+                  "adjusted_p": {str(key): p for key, p in line["adjusted"].items()}} for line in analysis.arms],
         "stability": [{name: value for name, value in row.items() if name != "ratios"} for row in analysis.stability],
     }  # fmt: skip
     return result
@@ -177,18 +179,39 @@ def predictions_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]
     return ["", "prediction", "outcome", "figures"], rows
 
 
+TRENDS = ("Slope per unit of level, mean over seeds with its 95 % interval; a test for a trend within seeds (Page's L, exact, two-sided), its "
+          "p adjusted for all figures and architectures of one family (Holm); Spearman's rho over all runs as a description:")  # fmt: skip
+
+
 def trends_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Spearman's rho and the trend test of the dose-response table's figures."""
+    """Slope and trend test of the dose-response table's figures; TRENDS says what they are."""
     labels = {key: label for label, key in COLUMNS.items()}
     rows = []
     for trend in result["trends"]:
         label = labels[Key(trend["metric"], trend["decoding"], trend["split"])]
         if label in DOSE_COLUMNS and trend["rho"] is not None:
-            p = "-" if trend["p"] is None else f"{trend['p']:.1g}"
-            rows.append([label, trend["architecture"], bracket(trend["rho"], trend["rho_low"], trend["rho_high"]), p,
+            slope = "-" if trend["slope"] is None else bracket(trend["slope"], trend["slope_low"], trend["slope_high"], "+")
+            rows.append([label, trend["architecture"], slope, _p(trend["p"]), _p(trend["p_adjusted"]),
+                         f"{trend['rho']:.2f}".replace("-", MINUS), trend["shape"], trend["reversals"] or "-"])  # fmt: skip
+    rows.sort(key=lambda row: DOSE_COLUMNS.index(row[0]))
+    return ["figure", "architecture", "slope", "p (trend)", "adjusted p", "rho", "shape of the means", "turns back"], rows
+
+
+def former_trends_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Of results made before 2026-12-01: goes with the last of them."""
+    labels = {key: label for label, key in COLUMNS.items()}
+    rows = []
+    for trend in result["trends"]:
+        label = labels[Key(trend["metric"], trend["decoding"], trend["split"])]
+        if label in DOSE_COLUMNS and trend["rho"] is not None:
+            rows.append([label, trend["architecture"], bracket(trend["rho"], trend["rho_low"], trend["rho_high"]), _p(trend["p"]),
                          trend["shape"], trend["reversals"] or "-"])  # fmt: skip
     rows.sort(key=lambda row: DOSE_COLUMNS.index(row[0]))
     return ["figure", "architecture", "rho", "p (trend)", "shape", "turns back"], rows
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1g}"
 
 
 def pretrained_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

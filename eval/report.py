@@ -26,20 +26,22 @@ from . import report_curves, report_figures, report_forest
 from .aggregate import (
     REFERENCE,
     Group,
-    draw,
     group_rows,
     groups_of,
     keys_of,
     main_arm,
     results_frame,
 )
+from .arms import arms_table
+from .predictions import load_predictions
 from .report_cells import UNTOUCHED, Cell, Evaluation, Key, read_evaluation
 from .report_drawing import Picture
 from .report_page import render
 from .report_samples import collect
 from .report_tables import ARM_KEYS, HEADLINE, csv_text, metric_family, metric_title
-from .trend import Trend, trend
-from .verdict import Facts, Judgement, arms_table, judge, load_predictions, sentences
+from .sentences import sentences
+from .trend import Trend, adjust, trend
+from .verdict import Facts, Judgement, judge
 
 WARNINGS = 5  # cells that are left out, named on stderr
 PREDICTION_FILES = ("predictions.yaml", "predictions.yml", "predictions.json")
@@ -108,11 +110,11 @@ def analyze(evaluation: Evaluation, baseline_level: float = 0.0, predictions: Pa
     rows: list[dict[str, Any]] = []
     trends: list[Trend] = []
     for key in keys_of(evaluation.cells):
-        drawn = draw(groups, key)
         rows += group_rows(groups, key, baseline_level)
-        found = [trend(architecture, arm, key, drawn) for architecture in architectures if key.decoding != REFERENCE]
+        found = [trend(architecture, arm, key, groups) for architecture in architectures if key.decoding != REFERENCE]
         trends += [item for item in found if item is not None]
-    facts = Facts(rows, trends, arm, baseline_level)
+    adjust(trends, metric_family)
+    facts = Facts(rows, trends, arm, baseline_level, groups)
     judged = [judge(prediction, facts) for prediction in expected]
     arms = arms_table(facts, ARM_KEYS)
     runs = report_curves.read_runs(evaluation)
@@ -135,7 +137,7 @@ def draw_figures(analysis: Analysis) -> list[Picture]:
     interval = "Bars: 95 % intervals over seeds and prompts; small dots: single seeds."
     if head:
         pictures.append(report_figures.dose_response(
-            "headline", f"Dose-response of the headline measures. {interval}", [panels[key] for key in head],
+            "headline", f"Dose-response of the headline measures, arm {analysis.arm}. {interval}", [panels[key] for key in head],
             analysis.architectures, inches=(2.3, 2.35), direct=True))  # fmt: skip
     families: dict[str, list[Key]] = {}
     for key in panels:
@@ -178,12 +180,12 @@ def reference_lines(analysis: Analysis) -> dict[Key, dict[str, float]]:
 
 def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
     """Lines of each CSV file."""
-    predictions = [{"id": item.prediction.id, "statement": item.prediction.statement, "outcome": item.outcome,
+    predictions = [{"id": item.prediction.id, "statement": item.prediction.statement, "arm": item.arm, "outcome": item.outcome,
                     "figures": " | ".join(item.figures)} for item in analysis.judged]  # fmt: skip
     arms = [{**line["group"]._asdict(), "concentrates": line["concentrates"],
              **{f"{key} {name}": row[name] if row else None for key, row in line["rows"].items()
-                for name in ("difference", "difference_low", "difference_high", "difference_p")}}
-            for line in analysis.arms]  # fmt: skip
+                for name in ("difference", "difference_low", "difference_high", "difference_p")},
+             **{f"{key} adjusted p": p for key, p in line["adjusted"].items()}} for line in analysis.arms]  # fmt: skip
     cells = results_frame(analysis.evaluation.cells).astype(object)
     groups = [{name: json.dumps(value) if isinstance(value, dict) else value for name, value in row.items()} for row in analysis.rows]
     return {

@@ -13,13 +13,12 @@ from markupsafe import Markup
 from ds_stability.run_dir import package_versions, utc_now
 
 from . import report_curves
-from .aggregate import RESAMPLES
 from .report_cells import Evaluation
 from .report_drawing import Picture
 from .report_samples import clean, visible
 from .report_tables import ARM_KEYS, HEADLINE, TABLE_COLUMNS, metric_title, table_rows
-from .trend import Trend
-from .verdict import MINUS, bracket
+from .trend import MINUS, Trend
+from .verdict import bracket, p_text
 
 if TYPE_CHECKING:
     from .report import Analysis
@@ -31,7 +30,7 @@ def render(analysis: "Analysis", pictures: Sequence[Picture], samples: dict[str,
     """The page."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, finalize=_shown, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters |= {"number": number, "interval": lambda row: bracket(*row), "p_value": p_value, "spread": spread}
+    environment.filters |= {"number": number, "interval": lambda row: bracket(*row), "p_value": p_text, "spread": spread}
     evaluation = analysis.evaluation
     seeds = sorted({cell.seed for cell in evaluation.cells if cell.seed is not None})
     found = {(item.key, item.architecture): item for item in analysis.trends}
@@ -41,7 +40,7 @@ def render(analysis: "Analysis", pictures: Sequence[Picture], samples: dict[str,
     values = {
         "name": evaluation.name, "made_at": utc_now(), "sentences": analysis.sentences, "judged": analysis.judged,
         "counts": {"cells": len(evaluation.cells), "architectures": len(analysis.architectures), "seeds": len(seeds)},
-        "seeds": seeds, "arm": analysis.arm, "baseline_level": baseline_level, "resamples": RESAMPLES,
+        "seeds": seeds, "arm": analysis.arm, "baseline_level": baseline_level,
         "incomplete": evaluation.incomplete, "problems": evaluation.problems,
         "arms": analysis.arms, "arm_keys": [(key, metric_title(key, None)) for key in ARM_KEYS],
         "arm_count": len({line["group"].arm for line in analysis.arms}),
@@ -82,16 +81,14 @@ def spread(value: float) -> str:
     return f"{value if abs(value) > 1e-12 else 0:.2g}"
 
 
-def p_value(value: float | None) -> str:
-    return "no p" if value is None else "p < .001" if value < 0.001 else f"p = {value:.3f}".replace(" 0.", " .")
-
-
-TREND_COLUMNS = ["metric", "where", "architecture", "levels", "seeds", "rho", "low", "high", "p", "shape", "reversals", "test"]
+TREND_COLUMNS = ["metric", "where", "arm", "architecture", "levels", "seeds", "slope", "low", "high", "p", "adjusted p", "shape of the means",
+                 "turns back", "rho", "slope per seed", "test", "family", "note"]  # fmt: skip
 
 
 def trend_row(item: Trend) -> list[Any]:
-    return [item.key.metric, item.key.where, item.architecture, len(item.levels), item.seeds, item.rho, item.rho_low, item.rho_high,
-            item.p, item.shape, "; ".join(map(str, item.reversals)), item.method]  # fmt: skip
+    return [item.key.metric, item.key.where, item.arm, item.architecture, len(item.levels), item.seeds, item.slope.value, item.slope.low,
+            item.slope.high, item.p, item.p_adjusted, item.shape, "; ".join(map(str, item.reversals)), item.rho,
+            " ".join(f"{value:.4g}" for value in item.slopes.values()), item.method, item.family, item.note]  # fmt: skip
 
 
 def settings_rows(evaluation: Evaluation) -> list[tuple[str, str]]:

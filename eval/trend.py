@@ -1,39 +1,45 @@
-"""Does a figure move with the level? Spearman's rho with an interval, a trend test, and where the curve turns back."""
+"""Does a figure move with the level? A slope per training seed, Page's test within seeds, and where the curve turns back."""
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from .aggregate import Draws, Group, difference, interval, seed_picks
-from .report_cells import Key
+from .aggregate import Group
+from .contrasts import Estimate, difference_estimate, holm, slope_estimate
+from .report_cells import Cell, Key
+from .trend_test import page_test
 
-PERMUTATIONS = 9999
 FALLS, RISES, FLAT = "falls", "rises", "flat"
+MINUS = "\N{MINUS SIGN}"
+ROUNDING = 1e-12  # of the largest value: equal means differ by an ulp when seeds are added in another order
+NO_ESTIMATE = Estimate(None, None, None, None, None, 0, 0, "")
+Curve = Mapping[float, Sequence[Cell]]
 
 
 @dataclass
 class Reversal:
-    """Neighboring levels between which the mean moves against the trend."""
+    """Neighboring levels between which the mean moves against the trend; interval and seeds are of the paired difference."""
 
     low_level: float
     high_level: float
     difference: float
     ci_low: float | None
     ci_high: float | None
+    seeds: int = 0
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the interval of the paired difference leaves out 0."""
-        return self.ci_low is not None and (self.ci_low > 0 or self.ci_high < 0)
+        return self.seeds > 1 and self.ci_low is not None and (self.ci_low > 0 or self.ci_high < 0)
 
     def __str__(self) -> str:
-        bounds = f" [{self.ci_low:+.2g}, {self.ci_high:+.2g}]" if self.ci_low is not None else ""
-        return f"{self.low_level:g} to {self.high_level:g}: {self.difference:+.2g}{bounds}".replace("-", "\N{MINUS SIGN}")
+        bounds = f" [{self.ci_low:+.2g}, {self.ci_high:+.2g}]" if self.ci_low is not None else " (no interval)"
+        return f"{self.low_level:g} to {self.high_level:g}: {self.difference:+.2g}{bounds}".replace("-", MINUS)
 
 
 @dataclass
@@ -41,9 +47,12 @@ class Trend:
     """Dose-response of one figure in one architecture.
 
     Attributes:
-        rho, rho_low, rho_high: Spearman's rho of (level, value) over the cells, 95 % interval over seeds and units.
-        p: two-sided Jonckheere-Terpstra test of a trend over the ordered levels; `method` says how it was computed.
-        direction: of the mean from the lowest to the highest level, by rho: "falls", "rises" or "flat".
+        levels: that have the figure. seeds: that have it at all of them; the slope and the test are theirs.
+        rho: Spearman's of (level, value) over all cells. It describes, it decides nothing.
+        separated: whether every cell of a level lies beyond every cell of the level below; None with one seed.
+        slope: least-squares slope of the value on the level, mean over seeds; `slopes`: each seed's.
+        p, method: two-sided test of a trend within seeds. p_adjusted, slope_p_adjusted: by Holm, within `family`.
+        direction: of the means, by their slope: "falls", "rises" or "flat".
         monotone: whether the means never turn back; `reversals` are the places where they do.
     """
 
@@ -51,161 +60,158 @@ class Trend:
     arm: str
     key: Key
     levels: list[float]
-    seeds: int
+    seeds: int = 0
     rho: float | None = None
-    rho_low: float | None = None
-    rho_high: float | None = None
+    separated: bool | None = None
+    slope: Estimate = NO_ESTIMATE
+    slopes: dict[str, float] = field(default_factory=dict)
     p: float | None = None
     method: str = ""
+    p_adjusted: float | None = None
+    slope_p_adjusted: float | None = None
+    family: str = ""
     direction: str = FLAT
     monotone: bool | None = None
     reversals: list[Reversal] = field(default_factory=list)
     note: str = ""
 
     @property
+    def slope_p(self) -> float | None:
+        """None with one seed: an interval over prompts says nothing about another training run."""
+        return self.slope.p if self.seeds > 1 else None
+
+    @property
     def shape(self) -> str:
-        """In words, said plainly."""
+        """Of the means, in words."""
         if self.monotone is None:
             return "not decidable"
+        if self.monotone and self.direction == FLAT:
+            return "constant"
+        noise = self.slope.low is not None and bool(self.slope.low <= 0 <= self.slope.high)
+        doubt = ", one seed" if self.seeds == 1 else ", within noise" if noise else ""
+        if len(self.levels) == 2:
+            return f"{self.direction} between two levels{doubt}"
         if self.monotone:
-            return "constant" if self.direction == FLAT else "monotone"
-        noise = "" if any(turn.beyond_noise for turn in self.reversals) else ", within noise"
-        return f"not monotone{noise}"
+            return "monotone, complete separation" if self.separated else f"monotone{doubt.replace('within', 'slope within')}"
+        if any(turn.beyond_noise for turn in self.reversals):
+            return "not monotone"
+        return "not monotone, one seed" if any(turn.seeds < 2 for turn in self.reversals) else "not monotone, within noise"
 
     def to_dict(self) -> dict[str, Any]:
-        row = asdict(self) | self.key._asdict() | {"shape": self.shape}
-        row["reversals"] = "; ".join(map(str, self.reversals))
-        row["levels"] = " ".join(f"{level:g}" for level in self.levels)
-        del row["key"]
-        return row
+        """A line of a table: no nested values."""
+        return {
+            "architecture": self.architecture, "arm": self.arm, **self.key._asdict(), "levels": " ".join(f"{level:g}" for level in self.levels),
+            "seeds": self.seeds, "slope": self.slope.value, "slope_low": self.slope.low, "slope_high": self.slope.high,
+            "slope_p": self.slope_p, "slope_p_adjusted": self.slope_p_adjusted,
+            "slopes": "; ".join(f"seed {seed}: {value:.4g}" for seed, value in self.slopes.items()),
+            "p": self.p, "p_adjusted": self.p_adjusted, "family": self.family, "method": self.method, "rho": self.rho,
+            "separated": self.separated, "direction": self.direction, "monotone": self.monotone, "shape": self.shape,
+            "reversals": "; ".join(map(str, self.reversals)), "note": self.note,
+        }  # fmt: skip
 
 
-def trend(architecture: str, arm: str, key: Key, drawn: dict[Group, Draws]) -> Trend | None:
-    """The trend over the levels of one arm in one architecture; None where fewer than two levels have the figure."""
-    curve = {group.level: draws for group, draws in drawn.items()
+def trend(architecture: str, arm: str, key: Key, groups: Mapping[Group, Sequence[Cell]]) -> Trend | None:
+    """The trend over the levels of one arm in one architecture; None where fewer than two levels list the figure at all."""
+    cells = {group.level: [cell for cell in members if key in cell.rows] for group, members in groups.items()
              if group.architecture == architecture and group.arm == arm and group.level is not None}  # fmt: skip
-    levels = sorted(curve)
-    if len(levels) < 2:
+    listed = {level: members for level, members in sorted(cells.items()) if members}
+    if len(listed) < 2:
         return None
-    found = Trend(architecture, arm, key, levels, min(len(curve[level].values) for level in levels))
-    values = [curve[level].values for level in levels]
-    found.rho = spearman(np.repeat(levels, [len(x) for x in values]), np.concatenate(values))
-    if found.rho is None:
-        found.note, found.monotone, found.p, found.method = "constant: no rho", True, 1.0, "constant"
+    curve = {level: known for level, members in listed.items() if (known := [cell for cell in members if cell.value(key) is not None])}
+    found, notes = Trend(architecture, arm, key, list(curve)), []
+    notes += [f"no value at level {level:g}" for level in listed if level not in curve]
+    if len(curve) < 2:
+        found.note = "; ".join(["not measured at two levels", *notes])
         return found
-    found.p, found.method = jonckheere(values)
-    found.rho_low, found.rho_high, found.note = _rho_interval(levels, [curve[level] for level in levels], key)
-    found.direction = FALLS if found.rho < 0 else RISES if found.rho > 0 else FLAT
-    sign = np.sign(found.rho)
-    for below, above in itertools.pairwise(levels):
-        turn = _reversal(below, above, curve, key, sign)
-        if turn is not None:
-            found.reversals.append(turn)
-    found.monotone = not found.reversals
+    _describe(found, curve)
+    complete, left_out = _complete(curve)
+    notes += left_out
+    notes += _test(found, complete)
+    found.note = "; ".join(dict.fromkeys(filter(None, notes)))
     return found
 
 
-def _reversal(below: float, above: float, curve: dict[float, Draws], key: Key, sign: float) -> Reversal | None:
-    step = curve[above].value - curve[below].value
-    # Rounding is no reversal: equal means differ by an ulp when seeds are added in another order.
-    if step * sign > 0 or abs(step) <= 1e-12 * max(1.0, abs(curve[below].value)):
+def _describe(found: Trend, curve: Curve) -> None:
+    """What the means do: rho, direction, and where they turn back."""
+    key, levels = found.key, found.levels
+    values = [np.array([cell.value(key) for cell in curve[level]]) for level in levels]
+    means = np.array([x.mean() for x in values])
+    if _constant(np.concatenate(values)):
+        found.monotone = True
+        return
+    found.rho = spearman(np.repeat(levels, [len(x) for x in values]), np.concatenate(values))
+    rise = float(_weights(levels) @ means) if not _constant(means) else 0.0
+    found.direction = FALLS if rise < 0 else RISES if rise > 0 else FLAT
+    sign = -1.0 if found.direction == FALLS else 1.0
+    turns = [_reversal(below, above, curve, key, sign) for below, above in itertools.pairwise(levels)]
+    found.reversals = [turn for turn in turns if turn is not None]
+    found.monotone = not found.reversals
+    if min(map(len, values)) > 1:
+        found.separated = all(bool((sign * below).max() < (sign * above).min()) for below, above in itertools.pairwise(values))
+
+
+def _test(found: Trend, complete: Curve) -> list[str]:
+    """The slope of the seeds that have every level, and the test within them; what there is to say about either."""
+    key, seeds = found.key, [cell.seed for cell in next(iter(complete.values()))]
+    found.seeds = len(seeds)
+    if not seeds:
+        return ["no seed has every level: no slope and no test"]
+    values = np.array([[cell.value(key) for cell in members] for members in complete.values()]).T
+    found.slope = slope_estimate(complete, key)
+    found.slopes = {str(seed): slope for seed, slope in found.slope.by_seed.items()}
+    if found.seeds < 2:
+        return [found.slope.note, "one seed: no test of a trend"]
+    found.p, found.method = page_test(values)
+    smallest = 2 / math.factorial(len(complete)) ** found.seeds
+    few = f"{found.seeds} seeds and {len(complete)} levels allow no p below {smallest:.2g}" if smallest >= 0.05 else ""
+    return [found.slope.note, few]
+
+
+def _complete(curve: Curve) -> tuple[Curve, list[str]]:
+    """The curve of the seeds that have every level, in one order at each; and which were left out."""
+    by_seed: dict[Hashable, set[float]] = defaultdict(set)
+    for level, members in curve.items():
+        for cell in members:
+            by_seed[cell.seed].add(level)
+    whole = [seed for seed, levels in by_seed.items() if len(levels) == len(curve)]
+    notes = [f"seed {seed} left out of the test: no value at level {', '.join(f'{level:g}' for level in curve if level not in levels)}"
+             for seed, levels in by_seed.items() if seed not in whole]  # fmt: skip
+    return {level: [next(cell for cell in members if cell.seed == seed) for seed in whole] for level, members in curve.items()}, notes
+
+
+def _weights(levels: Sequence[float]) -> np.ndarray:
+    """Of the values at `levels` in their least-squares slope."""
+    centered = np.asarray(levels, dtype=np.float64) - np.mean(levels)
+    return centered / (centered @ centered)
+
+
+def _constant(values: np.ndarray) -> bool:
+    return bool(np.ptp(values) <= ROUNDING * np.abs(values).max())
+
+
+def _reversal(below: float, above: float, curve: Curve, key: Key, sign: float) -> Reversal | None:
+    first, second = (float(np.mean([cell.value(key) for cell in curve[level]])) for level in (below, above))
+    if (second - first) * sign >= -ROUNDING * max(abs(first), abs(second)):
         return None
-    apart = difference(curve[above], curve[below], key)
-    if apart is None:
-        return Reversal(below, above, step, None, None)
-    return Reversal(below, above, apart.value, *interval(apart, key)[:2])
+    apart = difference_estimate(curve[above], curve[below], key)
+    if apart.value is None or apart.value * sign >= 0:  # of the seeds that both levels have, the mean does not turn
+        return Reversal(below, above, second - first, None, None)
+    return Reversal(below, above, apart.value, apart.low, apart.high, apart.seeds)
 
 
 def spearman(levels: np.ndarray, values: np.ndarray) -> float | None:
     """Spearman's rank correlation, ties by mean rank; None where one side is constant."""
-    rho = _rank_correlation(np.asarray(levels, dtype=np.float64), np.asarray(values, dtype=np.float64)[None, :])[0]
-    return float(rho) if np.isfinite(rho) else None
+    levels, values = np.asarray(levels, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    return None if np.ptp(levels) == 0 or np.ptp(values) == 0 else float(stats.spearmanr(levels, values).statistic)
 
 
-def _rank_correlation(levels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Spearman's rho of [points] against each line of [resamples, points]; nan where a line is constant or has a nan."""
-    x = stats.rankdata(levels)
-    y = stats.rankdata(values, axis=1)
-    x, y = x - x.mean(), y - y.mean(axis=1, keepdims=True)
-    scale = np.sqrt((x @ x) * (y * y).sum(axis=1))
-    return np.clip(np.divide(y @ x, scale, out=np.full(len(y), np.nan), where=scale > 0), -1.0, 1.0)
-
-
-def _rho_interval(levels: Sequence[float], curve: Sequence[Draws], key: Key) -> tuple[float | None, float | None, str]:
-    """Whole seeds are drawn, the same ones at every level, and units within them; [low, high] and what it leaves out."""
-    shared = set.intersection(*({cell.seed for cell in draws.cells} for draws in curve))
-    if not shared:
-        return None, None, "no seed has every level: no interval"
-    # Cells are by seed: place j is the same seed at every level.
-    paired = [draws.inner[[place for place, cell in enumerate(draws.cells) if cell.seed in shared]] for draws in curve]
-    seeds = len(paired[0])
-    units = min((len(cell.measured[key].units) if key in cell.measured else 1) for draws in curve for cell in draws.cells)
-    if seeds < 2 and units < 2:
-        return None, None, "one seed and one unit: no interval"
-    resamples = curve[0].inner.shape[1]
-    picks = seed_picks(seeds, resamples, 0)
-    points = [inner[picks[:, j], np.arange(resamples)] for inner in paired for j in range(seeds)]
-    rho = _rank_correlation(np.repeat(levels, seeds), np.stack(points, axis=1))
-    rho = rho[np.isfinite(rho)]
-    if len(rho) < 2:
-        return None, None, "constant in every resample"
-    low, high = (float(x) for x in np.quantile(rho, [0.025, 0.975]))
-    return low, high, "one seed: interval over prompts only" if seeds < 2 else ""
-
-
-def jonckheere(groups: Sequence[np.ndarray]) -> tuple[float, str]:
-    """Two-sided p of the Jonckheere-Terpstra test (Jonckheere 1954) for a trend over ordered groups, and its method.
-
-    The statistic is the number of pairs from two groups that lie in the groups' order, ties counted half. Without ties the
-    null distribution is exact, from its generating function (a q-multinomial coefficient); with ties it is taken from
-    PERMUTATIONS random permutations (Phipson and Smyth 2010: (hits + 1) / (n + 1)).
-    """
-    pooled = np.concatenate(groups)
-    labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    above, below = _ordered_pairs(pooled[None, :], labels)
-    observed, middle = float(above[0]), float(above[0] + below[0]) / 2
-    if len(np.unique(pooled)) == len(pooled):
-        counts = _null_counts([len(group) for group in groups])
-        far = sum(count for j, count in enumerate(counts) if abs(j - middle) >= abs(observed - middle))
-        return min(1.0, far / sum(counts)), "Jonckheere-Terpstra, exact"
-    generator = np.random.default_rng(0)
-    shuffled = generator.permuted(np.tile(pooled, (PERMUTATIONS, 1)), axis=1)
-    hits = np.sum(np.abs(_ordered_pairs(shuffled, labels)[0] - middle) >= abs(observed - middle) - 1e-9)
-    return float((hits + 1) / (PERMUTATIONS + 1)), f"Jonckheere-Terpstra, {PERMUTATIONS} permutations (ties)"
-
-
-def _ordered_pairs(values: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs from two groups in rising order, and in falling order, of each line of [lines, points]; ties half to both."""
-    rising = np.zeros(len(values))
-    pairs = 0
-    for i in range(values.shape[1]):
-        later = labels > labels[i]
-        pairs += int(later.sum())
-        rising += (values[:, later] > values[:, i : i + 1]).sum(axis=1) + 0.5 * (values[:, later] == values[:, i : i + 1]).sum(axis=1)
-    return rising, pairs - rising
-
-
-def _null_counts(sizes: Sequence[int]) -> list[int]:
-    """How many arrangements give each value of the statistic: coefficients of the q-multinomial of `sizes`, exact integers."""
-    counts, placed = [1], 0
-    for size in sizes:
-        for j in range(1, size + 1):  # times (1 - q^(placed + j)) / (1 - q^j)
-            counts = _divide(_multiply(counts, placed + j), j)
-        placed += size
-    total = math.factorial(placed) // math.prod(math.factorial(size) for size in sizes)
-    assert sum(counts) == total, "the q-multinomial does not count all arrangements"
-    return counts
-
-
-def _multiply(counts: list[int], power: int) -> list[int]:
-    """Times 1 - q^power."""
-    padded = counts + [0] * power
-    return [a - b for a, b in zip(padded, [0] * power + counts, strict=True)]
-
-
-def _divide(counts: list[int], power: int) -> list[int]:
-    """By 1 - q^power, which divides it."""
-    quotient: list[int] = []
-    for place in range(len(counts) - power):
-        quotient.append(counts[place] + (quotient[place - power] if place >= power else 0))
-    return quotient
+def adjust(trends: Sequence[Trend], family_of: Callable[[Key], str]) -> None:
+    """Holm's p (Holm 1979) of each trend, over the measures and architectures of its family; sets the fields of `trends`."""
+    families: dict[str, list[Trend]] = defaultdict(list)
+    for item in trends:
+        families[family_of(item.key)].append(item)
+    for name, members in families.items():
+        tested, slopes = holm([item.p for item in members]), holm([item.slope_p for item in members])
+        count = sum(p is not None for p in tested)
+        for item, p, slope_p in zip(members, tested, slopes, strict=True):
+            item.p_adjusted, item.slope_p_adjusted, item.family = p, slope_p, f"{name}: {count} comparison{'' if count == 1 else 's'}"

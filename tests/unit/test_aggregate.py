@@ -108,10 +108,10 @@ def test_many_units():
 def test_baseline_of_an_arm_is_the_dose_responses_level_zero():
     groups = [Group("a", "feedback", level) for level in (0.0, 0.5, 1.0)] + [Group("a", "longer", 0.0), Group("a", "clipping", 1.0)]
     assert aggregate.main_arm(groups) == "feedback"
-    assert aggregate.baseline_of(groups[3], groups, 0.0) == groups[0]
-    assert aggregate.baseline_of(groups[4], groups, 0.0) == groups[0]
-    assert aggregate.baseline_of(groups[0], groups, 0.0) is None
-    assert aggregate.baseline_of(Group("b", "feedback", 1.0), groups, 0.0) is None
+    assert aggregate.baseline_of(groups[3], groups, 0.0, "feedback") == groups[0]
+    assert aggregate.baseline_of(groups[4], groups, 0.0, "feedback") == groups[0]
+    assert aggregate.baseline_of(groups[0], groups, 0.0, "feedback") is None
+    assert aggregate.baseline_of(Group("b", "feedback", 1.0), groups, 0.0, "feedback") is None
 
 
 def test_feedback_is_the_dose_response_wherever_it_has_a_level():
@@ -120,6 +120,14 @@ def test_feedback_is_the_dose_response_wherever_it_has_a_level():
     assert aggregate.main_arm(groups[1:]) == "clipping"
     assert aggregate.main_arm([*groups[1:], Group("a", "feedback", None)]) == "clipping"  # a schedule is no level
     assert aggregate.main_arm([Group("a", "z", 0.5), Group("a", "y", 0.5)]) == "y" and aggregate.main_arm([Group("a", "none", None)]) is None
+
+
+def test_a_figure_that_feedback_lacks_gets_no_other_arms_baseline():
+    cells = [make_cell(0, [1.0, 2.0], arm="z_loss", level=0.5), *(make_cell(0, [1.0, 3.0], arm="clipping", level=level) for level in (0.0, 1.0))]
+    lacking = make_cell(0, [1.0, 2.0])
+    lacking.rows[KEY]["value"] = None
+    rows = rows_of([*cells, lacking])
+    assert rows["z_loss", 0.5]["baseline"] is None and rows["clipping", 1.0]["baseline"] == "clipping, level 0"
 
 
 # reading

@@ -27,13 +27,13 @@ from ds_stability.eval.cell import CellDir, describe_run  # noqa: E402
 from ds_stability.eval.downstream_batches import Journal as AnswerJournal  # noqa: E402
 from ds_stability.eval.exact_match import load_items  # noqa: E402
 from ds_stability.eval.loading import load, weight_files  # noqa: E402
+from ds_stability.eval.predictions import load_predictions  # noqa: E402
 from ds_stability.eval.prompts import prompts_from_file  # noqa: E402
 from ds_stability.eval.report_cells import read_evaluation  # noqa: E402
 from ds_stability.eval.report_page import script_json, settings_rows  # noqa: E402
 from ds_stability.eval.report_samples import clean, collect  # noqa: E402
 from ds_stability.eval.suite import Suite  # noqa: E402
 from ds_stability.eval.texts import TextSource  # noqa: E402
-from ds_stability.eval.verdict import load_predictions  # noqa: E402
 from ds_stability.eval.work import Journal, read_journal  # noqa: E402
 from ds_stability.launchers.arguments import parse_command  # noqa: E402
 from ds_stability.launchers.sweep_folder import SweepFolder  # noqa: E402

@@ -5,9 +5,11 @@ import csv
 import html.parser
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -126,6 +128,34 @@ def test_verdict_and_predictions_are_on_the_page(page):
     assert text.index('id="verdict"') < text.index('id="headline"')
     assert "Predictive entropy falls with the level in 2 of 2 architectures" in text
     assert "P1. Held-out predictive entropy falls" in text and "not decidable" in text
+
+
+def test_the_arm_is_named_and_no_other_statistics_than_those_used(page):
+    text = page.read_text(encoding="utf-8")
+    assert "Arm feedback: slope per unit of level" in text and "gpt2, arm feedback: " in text and "Page's L" in text
+    assert not re.search("bootstrap|Jonckheere|t-interval|resample", text)
+    tables = {name: pd.read_csv(page.parent / "tables" / f"{name}.csv") for name in ("trends", "predictions", "arms")}
+    assert set(tables["trends"].arm) == set(tables["predictions"].arm) == {"feedback"}
+    found = tables["trends"].set_index(["metric", "split", "decoding", "architecture"]).loc[("predictive_entropy", "held_out", np.nan, "gpt2")]
+    assert found.slope_low < found.slope < found.slope_high < 0 and found.p < found.p_adjusted < 1 and "rho_low" not in found
+    null = tables["trends"][tables["trends"].metric == "mauve"]
+    assert len(null) == 2 and null.note.str.contains("not measured at two levels").all() and null.slope.isna().all()
+    assert "predictive_entropy (held_out) adjusted p" in tables["arms"]
+
+
+def test_the_page_of_an_arm_with_more_levels_than_feedback(tmp_path):
+    """Feedback at 0.5 alone, clipping at 0.5 and 1: the prediction on level 1 is not clipping's."""
+    folder = report_data.write_evaluation(tmp_path / "evals", ("llama",), (0.0, 0.5), (0, 1), arms=False, untouched=False, units=6,
+                                          decodings=("sample",), steps=0)  # fmt: skip
+    for path in folder.glob("cells/llama-feedback-0-*"):
+        shutil.rmtree(path)
+    for level in (0.5, 1.0):
+        for seed in (0, 1):
+            report_data.write_cell(folder, f"clipping-{level}-{seed}", "llama", "clipping", level, seed, 6, None, ("sample",), 0)
+    page = report.write_report(folder, predictions=PREDICTIONS)
+    figures = pd.read_csv(page.parent / "tables" / "predictions.csv").set_index("id")
+    assert set(figures.arm) == {"feedback"} and set(figures.outcome) == {"not decidable"}
+    assert "llama, arm feedback: not decidable: level 1: no value" in figures.loc["P3", "figures"]
 
 
 def test_figures_are_saved_and_embedded(page, parsed):

@@ -1,141 +1,56 @@
-"""Trends against brute force, and predictions that must come out met, not met and not decidable."""
+"""Predictions that must come out met, not met and not decidable; arms; and sentences that say no more than was shown."""
 
-import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 from ds_stability.errors import UserError
-from ds_stability.eval import aggregate, trend, verdict
+from ds_stability.eval import arms, predictions, report, sentences, verdict
+from ds_stability.eval.aggregate import Group
+from ds_stability.eval.predictions import Prediction
 from ds_stability.eval.records import Measured
-from ds_stability.eval.report_cells import Cell
-from ds_stability.eval.verdict import ENTROPY, HIGH_FREQUENCY, MET, NOT_MET, UNDECIDED, Facts, Prediction
+from ds_stability.eval.report_cells import Cell, Evaluation
+from ds_stability.eval.verdict import ENTROPY, HIGH_FREQUENCY, MET, NOT_MET, UNDECIDED, Facts
 
 PREDICTIONS = Path(verdict.__file__).with_name("predictions.yaml")
-
-
-def brute_force_p(groups) -> float:
-    """Share of all orders of the pooled values whose statistic is at least as far from the middle."""
-    sizes = [len(group) for group in groups]
-    labels = np.repeat(np.arange(len(groups)), sizes)
-
-    def statistic(values):
-        pairs = [(i, j) for i, j in itertools.permutations(range(len(values)), 2) if labels[i] < labels[j]]
-        return sum((values[j] > values[i]) + 0.5 * (values[j] == values[i]) for i, j in pairs), len(pairs) / 2
-
-    pooled = np.concatenate(groups)
-    observed, middle = statistic(pooled)
-    orders = [statistic(pooled[list(order)])[0] for order in itertools.permutations(range(len(pooled)))]
-    return float(np.mean([abs(value - middle) >= abs(observed - middle) for value in orders]))
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2, 2), (3, 2, 1), (3, 3)])
-def test_jonckheere_is_exact(sizes):
-    random = np.random.default_rng(sum(sizes))
-    for shift in (0.0, 1.0, 3.0):
-        groups = [random.normal(shift * place, 1, size) for place, size in enumerate(sizes)]
-        p, method = trend.jonckheere(groups)
-        assert p == pytest.approx(brute_force_p(groups)) and "exact" in method
-
-
-def test_jonckheere_with_ties_agrees_with_all_permutations():
-    groups = [np.array([1.0, 2.0]), np.array([2.0, 2.0]), np.array([3.0, 2.0])]
-    p, method = trend.jonckheere(groups)
-    assert p == pytest.approx(brute_force_p(groups), abs=0.02) and "permutations" in method
-
-
-def test_jonckheere_of_two_groups_is_mann_whitney():
-    one, two = np.array([1.0, 4.0, 5.0, 2.0]), np.array([3.0, 7.0, 8.0])
-    assert trend.jonckheere([one, two])[0] == pytest.approx(stats.mannwhitneyu(one, two, method="exact").pvalue)
-
-
-def test_null_counts_count_every_arrangement():
-    assert trend._null_counts([3, 3, 3, 3, 3])[0] == 1 and sum(trend._null_counts([3, 3, 3, 3, 3])) == 168168000
-
-
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(-5, 5)), min_size=3, max_size=20))
-@settings(max_examples=60, deadline=None)
-def test_spearman_agrees_with_scipy(points):
-    x, y = np.array(points, dtype=float).T
-    ours = trend.spearman(x, y)
-    if len(set(x)) == 1 or len(set(y)) == 1:
-        assert ours is None
-    else:
-        assert ours == pytest.approx(stats.spearmanr(x, y).statistic)
-
-
-# cells with a known dose-response
-
-
-def make_facts(curves, seeds=(0, 1, 2), noise=0.02, units=12, arms=None):
-    """Facts of one or more figures: {key: {architecture: [value per level]}}, and of arms {arm: {key: [value per level]}}."""
-    cells, random = {}, np.random.default_rng(0)
-
-    def add(key, architecture, arm, values):
-        for place, value in enumerate(values):
-            level = place / (len(values) - 1) if len(values) > 1 else 0.0
-            for seed in seeds:
-                name = f"{architecture}-{arm}-{level}-{seed}"
-                cell = cells.setdefault(name, Cell(name, Path(name), {}, {}, {}, architecture, arm, level, seed))
-                totals = value + noise * random.normal(size=units)
-                measured = Measured(key.metric, [str(u) for u in range(units)], totals, np.ones(units))
-                cell.measured[key] = measured
-                cell.rows[key] = {"value": measured.value, "n": units, "unit": "nats", "note": None}
-
-    for key, by_architecture in curves.items():
-        for architecture, values in by_architecture.items():
-            add(key, architecture, "feedback", values)
-    for arm, by_key in (arms or {}).items():
-        for key, values in by_key.items():
-            add(key, next(iter(curves[key])), arm, values)
-    groups = aggregate.groups_of(cells.values())
-    arm, rows, trends = aggregate.main_arm(groups), [], []
-    for key in curves:
-        drawn = aggregate.draw(groups, key)
-        rows += aggregate.group_rows(groups, key)
-        found = [trend.trend(architecture, arm, key, drawn) for architecture in {group.architecture for group in groups}]
-        trends += [item for item in found if item]
-    return Facts(rows, trends, arm)
-
-
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FALLING, RISING, BENT = [4.0, 3.0, 2.0, 1.0, 0.3], [0.5, 0.6, 0.7, 0.9, 0.99], [4.0, 3.0, 3.5, 1.0, 0.3]
+
+
+def make_cells(curves, seeds=(0, 1, 2), noise=0.02, units=12, levels=LEVELS, run=0.0, random=None):
+    """Cells of {key: {(architecture, arm): [value per level]}}; `run`: sd of a training run's own deviation. None: no cell."""
+    cells, random = {}, random or np.random.default_rng(0)
+    for key, by_curve in curves.items():
+        for (architecture, arm), values in by_curve.items():
+            for level, value in zip(levels, values, strict=True):
+                for seed in seeds if value is not None else ():
+                    name = f"{architecture}-{arm}-{level}-{seed}"
+                    cell = cells.setdefault(name, Cell(name, Path(name), {}, {}, {}, architecture, arm, level, seed))
+                    totals = value + run * random.normal() + noise * random.normal(size=units)
+                    measured = Measured(key.metric, [str(u) for u in range(units)], totals, np.ones(units))
+                    cell.measured[key] = measured
+                    cell.rows[key] = {"value": measured.value, "n": units, "unit": "nats", "note": None}
+    return list(cells.values())
+
+
+def facts_of(cells) -> Facts:
+    """As a report makes them."""
+    found = report.analyze(Evaluation("made up", Path("made up"), cells))
+    return Facts(found.rows, found.trends, found.arm, 0.0, found.groups)
+
+
+def make_facts(curves, **kwargs) -> Facts:
+    """{key: {architecture: values}} of the arm feedback, or {key: {(architecture, arm): values}}."""
+    named = {key: {name if isinstance(name, tuple) else (name, "feedback"): values for name, values in by_curve.items()}
+             for key, by_curve in curves.items()}  # fmt: skip
+    return facts_of(make_cells(named, **kwargs))
+
+
 FALLS = Prediction("P1", "falls", ENTROPY, direction="falls")
 NEAR_ONE = Prediction("P3", "near one", HIGH_FREQUENCY, minimum=0.95, levels=(1.0,))
-
-
-def test_trend_of_a_clear_fall():
-    found = make_facts({ENTROPY: {"a": FALLING}}).trends[ENTROPY, "a", "feedback"]
-    assert found.direction == "falls" and found.monotone and found.shape == "monotone"
-    assert -1 <= found.rho_low <= found.rho <= found.rho_high < -0.9 and found.p < 1e-6 and found.seeds == 3
-
-
-def test_a_curve_that_turns_back_is_said_to():
-    found = make_facts({ENTROPY: {"a": BENT}}).trends[ENTROPY, "a", "feedback"]
-    assert found.shape == "not monotone" and found.direction == "falls"
-    (turn,) = found.reversals
-    assert (turn.low_level, turn.high_level) == (0.25, 0.5) and turn.difference == pytest.approx(0.5, abs=0.05) and turn.beyond_noise
-    facts = make_facts({ENTROPY: {"a": BENT}})
-    assert "not monotone in a (0.25 to 0.5: +0.5" in " ".join(verdict.sentences(facts, [], []))
-
-
-def test_a_reversal_within_noise_is_told_apart():
-    found = make_facts({ENTROPY: {"a": [4.0, 3.0, 3.001, 1.0]}}, noise=0.5, seeds=(0, 1, 2, 3, 4)).trends[ENTROPY, "a", "feedback"]
-    assert found.shape in ("monotone", "not monotone, within noise")
-
-
-def test_a_constant_figure_has_no_rho():
-    found = make_facts({ENTROPY: {"a": [2.0, 2.0, 2.0]}}, noise=0.0).trends[ENTROPY, "a", "feedback"]
-    assert found.rho is None and found.shape == "constant" and found.p == 1.0
-
-
-def test_one_level_has_no_trend():
-    assert not make_facts({ENTROPY: {"a": [4.0]}}).trends
 
 
 def test_predictions_met_in_every_architecture():
@@ -143,7 +58,7 @@ def test_predictions_met_in_every_architecture():
     assert verdict.judge(FALLS, facts).outcome == MET
     assert verdict.judge(Prediction("P2", "rises", HIGH_FREQUENCY, direction="rises"), facts).outcome == MET
     assert verdict.judge(NEAR_ONE, facts).outcome == MET
-    assert [line.split(":")[0] for line in verdict.judge(FALLS, facts).figures] == ["a", "b"]
+    assert [line[:21] for line in verdict.judge(FALLS, facts).figures] == ["a, arm feedback: met:", "b, arm feedback: met:"]
 
 
 def test_one_architecture_against_it_refutes():
@@ -152,10 +67,36 @@ def test_one_architecture_against_it_refutes():
     assert verdict.judge(NEAR_ONE, facts).outcome == NOT_MET
 
 
-def test_no_effect_at_one_level_refutes():
+def test_what_was_not_shown_is_not_decidable():
+    """Nothing at level .25: no sign that the prediction is wrong."""
     facts = make_facts({ENTROPY: {"a": [4.0, 4.0, 2.0, 1.0, 0.5]}}, noise=0.2)
+    judged = verdict.judge(FALLS, facts)
+    assert judged.outcome == UNDECIDED and "level 1: −3.5" in judged.figures[0] and "adjusted p" in judged.figures[0]
+    assert verdict.judge(Prediction("P", "from 0.5 on", ENTROPY, direction="falls", levels=(0.5, 1.0)), facts).outcome == MET
+    facts = make_facts({ENTROPY: {"a": [4.0, 4.3, 2.0, 1.0, 0.5]}}, noise=0.02)
     assert verdict.judge(FALLS, facts).outcome == NOT_MET
-    assert verdict.judge(Prediction("P", "from .5 on", ENTROPY, direction="falls", levels=(0.5, 1.0)), facts).outcome == MET
+
+
+def test_a_bound_is_judged_by_the_whole_interval():
+    for value, outcome in ((0.99, MET), (0.951, UNDECIDED), (0.949, UNDECIDED), (0.9, NOT_MET)):
+        facts = make_facts({HIGH_FREQUENCY: {"a": [0.5, 0.6, 0.7, 0.8, value]}}, run=0.005)
+        row = facts.rows[HIGH_FREQUENCY, Group("a", "feedback", 1.0)]
+        judged = verdict.judge(NEAR_ONE, facts)
+        assert judged.outcome == outcome and (row["ci_low"] <= 0.95 <= row["ci_high"]) == (outcome == UNDECIDED), value
+    within = Prediction("P", "within", HIGH_FREQUENCY, minimum=0.6, maximum=0.95, levels=(1.0,))
+    for value, outcome in ((0.8, MET), (0.99, NOT_MET), (0.5, NOT_MET), (0.949, UNDECIDED)):
+        assert verdict.judge(within, make_facts({HIGH_FREQUENCY: {"a": [0.5, 0.6, 0.7, 0.8, value]}}, run=0.005)).outcome == outcome
+
+
+def test_comparisons_are_adjusted_for_their_number():
+    """A difference that is decided alone, and not among the 24 of four levels and six architectures."""
+    facts = make_facts({ENTROPY: dict.fromkeys("abcdef", FALLING)})
+    for row in facts.rows.values():
+        row["difference_p"] = 0.01
+    alone = Prediction("P", "alone", ENTROPY, direction="falls", levels=(1.0,), architectures=("a",))
+    assert verdict.judge(alone, facts).outcome == MET
+    judged = verdict.judge(FALLS, facts)
+    assert judged.outcome == UNDECIDED and "(adjusted p = 0.240)" in judged.figures[0]
 
 
 def test_a_turn_back_alone_does_not_fail_a_prediction():
@@ -163,13 +104,13 @@ def test_a_turn_back_alone_does_not_fail_a_prediction():
     assert judged.outcome == MET and "not monotone" in judged.figures[0]
 
 
-def test_two_seeds_that_disagree_fail_by_the_t_interval():
-    """The bootstrap of two seeds cannot see beyond them; the t-interval can."""
-    facts = make_facts({ENTROPY: {"a": [4.0, 3.0]}}, seeds=(0, 1), noise=0.0)
-    row = facts.rows[ENTROPY, aggregate.Group("a", "feedback", 1.0)]
-    row.update(difference_low=-1.9, difference_high=-0.1, difference_t_low=-12.0, difference_t_high=10.0)
-    judged = verdict.judge(FALLS, facts)
-    assert judged.outcome == NOT_MET and "t [" in judged.figures[0]
+def test_seeds_that_disagree_decide_nothing():
+    cells = make_cells({ENTROPY: {("a", "feedback"): FALLING}}, seeds=(0, 1))
+    for cell in cells:
+        if cell.seed == 1 and cell.level:
+            cell.measured[ENTROPY].totals[:] += 3.9 - cell.measured[ENTROPY].value
+            cell.rows[ENTROPY]["value"] = cell.measured[ENTROPY].value
+    assert verdict.judge(FALLS, facts_of(cells)).outcome == UNDECIDED
 
 
 def test_what_is_missing_decides_nothing():
@@ -179,81 +120,150 @@ def test_what_is_missing_decides_nothing():
     assert verdict.judge(Prediction("P", "other", ENTROPY, direction="falls", architectures=("z",)), facts).outcome == UNDECIDED
     single = make_facts({ENTROPY: {"a": FALLING}, HIGH_FREQUENCY: {"a": RISING}}, seeds=(0,))
     assert verdict.judge(FALLS, single).outcome == verdict.judge(NEAR_ONE, single).outcome == UNDECIDED
-    assert "one seed" in verdict.judge(FALLS, single).figures[0]
+    assert "one seed: nothing is replicated" in verdict.judge(FALLS, single).figures[0]
     assert verdict.judge(FALLS, Facts([], [], None)).outcome == UNDECIDED
+    baseline = Prediction("P", "itself", ENTROPY, direction="falls", levels=(0.0,))
+    assert "no level beside the baseline" in verdict.judge(baseline, facts).figures[0]
+
+
+def test_equal_values_are_not_decidable_and_say_why():
+    judged = verdict.judge(FALLS, make_facts({ENTROPY: {"a": [2.0] * 5}}, noise=0.0))
+    assert judged.outcome == UNDECIDED and "equal" in judged.figures[0] and "no interval" in judged.figures[0]
 
 
 def test_a_level_that_one_architecture_lacks_is_missing_there():
     """A cell that was never evaluated must not turn "at each level" into "at each level that there is"."""
-    facts = make_facts({ENTROPY: {"a": FALLING, "b": FALLING}})
-    del facts.rows[ENTROPY, aggregate.Group("b", "feedback", 1.0)]
+    facts = make_facts({ENTROPY: {"a": FALLING, "b": [*FALLING[:-1], None]}})
     judged = verdict.judge(FALLS, facts)
-    assert judged.outcome == UNDECIDED and "no difference at level 1" in judged.figures[1]
+    assert judged.outcome == UNDECIDED and "level 1: no difference" in judged.figures[1]
+    facts = make_facts({HIGH_FREQUENCY: {"a": RISING, "b": [0.5, 0.6, 0.7, 0.96, None]}})
+    highest = Prediction("P", "near one", HIGH_FREQUENCY, minimum=0.95)  # without a level: the highest, which b lacks
+    judged = verdict.judge(highest, facts)
+    assert judged.outcome == UNDECIDED and "level 1: no value" in judged.figures[1]
 
 
-def test_an_arm_concentrates_only_if_the_t_interval_agrees():
-    """Three seeds of one sign by chance (one time in four) leave out 0 in the bootstrap over seeds."""
-    arms = {"replay": {ENTROPY: FALLING, HIGH_FREQUENCY: RISING}}
-    facts = make_facts({ENTROPY: {"a": FALLING}, HIGH_FREQUENCY: {"a": RISING}}, arms=arms)
-    for key in (ENTROPY, HIGH_FREQUENCY):
-        facts.rows[key, aggregate.Group("a", "replay", 1.0)].update(difference_t_low=-9.0, difference_t_high=9.0)
-    lines = {line["group"].level: line["concentrates"] for line in verdict.arms_table(facts, [ENTROPY]) if line["group"].arm == "replay"}
-    assert lines[1.0] == "no" and lines[0.5] == "yes"
+# arms
 
 
-def test_arms_of_one_seed_are_not_said_to_concentrate_or_not():
-    arms = {"replay": {ENTROPY: FALLING, HIGH_FREQUENCY: RISING}}
-    facts = make_facts({ENTROPY: {"a": FALLING}, HIGH_FREQUENCY: {"a": RISING}}, seeds=(0,), arms=arms)
-    lines = verdict.arms_table(facts, [ENTROPY])
-    assert {line["concentrates"] for line in lines} == {UNDECIDED}
-    text = " ".join(verdict.sentences(facts, [], lines))
-    assert "not shown" not in text and "not decidable: replay" in text
+def test_feedback_is_the_dose_response_though_clipping_has_more_levels():
+    """Feedback at 0.5, clipping at 0.5 and 1: clipping's figure must not decide what was said of feedback."""
+    curves = {("a", "feedback"): [0.5, None, 0.97, None, None], ("a", "clipping"): [None, None, 0.5, None, 0.5]}
+    facts = make_facts({HIGH_FREQUENCY: curves})
+    assert facts.main_arm == "feedback"
+    judged = verdict.judge(NEAR_ONE, facts)
+    assert judged.outcome == UNDECIDED and judged.arm == "feedback" and judged.figures == ["a, arm feedback: not decidable: level 1: no value"]
+    at_half = Prediction("P", "near one", HIGH_FREQUENCY, minimum=0.95, levels=(0.5,))
+    assert verdict.judge(at_half, facts).outcome == MET
 
 
-def test_the_interval_of_rho_pairs_seeds_not_places():
-    """Where a level lacks a seed, the seeds that all levels have are drawn together."""
-    groups = {}
-    for level, seeds in ((0.0, (0, 1)), (1.0, (1,))):
-        cells = []
-        for seed in seeds:
-            totals = np.full(4, {(0.0, 0): 9.0, (0.0, 1): 1.0, (1.0, 1): 2.0}[level, seed]) + 0.01 * np.arange(4)
-            measured = Measured(ENTROPY.metric, list("abcd"), totals, np.ones(4))
-            row = {"value": measured.value, "n": 4, "unit": "nats", "note": None}
-            cells.append(Cell(f"{level}-{seed}", Path("x"), {}, {ENTROPY: row}, {ENTROPY: measured}, "a", "feedback", level, seed))
-        groups[aggregate.Group("a", "feedback", level)] = cells
-    found = trend.trend("a", "feedback", ENTROPY, aggregate.draw(groups, ENTROPY))
-    assert found.rho_low == found.rho_high == 1.0  # seed 1 rises; seed 0 has no partner
-    assert found.note == "one seed: interval over prompts only"
+def test_a_prediction_may_name_its_arm():
+    curves = {("a", "feedback"): FALLING, ("a", "clipping"): [None, None, 4.5, None, 5.0]}
+    facts = make_facts({ENTROPY: curves})
+    named = Prediction("P", "clipping raises it", ENTROPY, direction="rises", arm="clipping")
+    judged = verdict.judge(named, facts)
+    assert judged.outcome == MET and judged.arm == "clipping" and "arm clipping" in judged.figures[0]
+    judged = verdict.judge(Prediction("P", "s", ENTROPY, direction="rises", arm="cliping", architectures=("a",)), facts)
+    assert judged.outcome == UNDECIDED and judged.figures == ["no cell of arm cliping has a level; arms with a level: clipping, feedback"]
+
+
+def arm_facts(by_arm, **kwargs):
+    """Facts of one architecture: {arm: {key: values}} beside feedback."""
+    curves = {ENTROPY: {("a", "feedback"): FALLING}, HIGH_FREQUENCY: {("a", "feedback"): RISING}}
+    for arm, by_key in by_arm.items():
+        for key, values in by_key.items():
+            curves[key]["a", arm] = values
+    return make_facts(curves, **kwargs)
 
 
 def test_which_arms_concentrate():
-    arms = {"replay": {ENTROPY: FALLING, HIGH_FREQUENCY: RISING}, "permuted": {ENTROPY: [4.0] * 5, HIGH_FREQUENCY: [0.5] * 5},
-            "spreading": {ENTROPY: RISING[::-1] and [4.0, 4.2, 4.4, 4.8, 5.0], HIGH_FREQUENCY: [0.5, 0.4, 0.3, 0.2, 0.1]},
-            "half": {ENTROPY: FALLING, HIGH_FREQUENCY: [0.5] * 5}}  # fmt: skip
-    facts = make_facts({ENTROPY: {"a": FALLING}, HIGH_FREQUENCY: {"a": RISING}}, noise=0.02, arms=arms)
-    lines = {(line["group"].arm, line["group"].level): line for line in verdict.arms_table(facts, [ENTROPY, HIGH_FREQUENCY])}
+    facts = arm_facts({"replay": {ENTROPY: FALLING, HIGH_FREQUENCY: RISING}, "permuted": {ENTROPY: [4.0] * 5, HIGH_FREQUENCY: [0.5] * 5},
+                       "spreading": {ENTROPY: [None, None, 4.4, 4.8, 5.0], HIGH_FREQUENCY: [None, None, 0.3, 0.2, 0.1]},
+                       "half": {ENTROPY: FALLING, HIGH_FREQUENCY: [0.5] * 5}})  # fmt: skip
+    lines = {(line["group"].arm, line["group"].level): line for line in arms.arms_table(facts, [ENTROPY, HIGH_FREQUENCY])}
     answers = {arm: lines[arm, 1.0]["concentrates"] for arm in ("feedback", "replay", "permuted", "spreading", "half")}
-    assert answers == {"feedback": "yes", "replay": "yes", "permuted": "no", "spreading": "spreads", "half": "in part"}
+    assert answers == {"feedback": "yes", "replay": "yes", "permuted": "not shown", "spreading": "spreads", "half": "in part"}
     assert lines["replay", 1.0]["relative"] == pytest.approx(1.0, abs=0.02) and abs(lines["permuted", 1.0]["relative"]) < 0.02
-    text = " ".join(verdict.sentences(facts, [], list(lines.values())))
-    assert "arms that concentrate at some level: replay" in text
+    text = " ".join(sentences.sentences(facts, [], list(lines.values())))
+    assert "Besides feedback, arms that concentrate at some level: replay; in part: half; not shown to at any level: permuted (by its intervals, entropy lower by at most 0.0" in text
+    assert "nats), spreading (by its intervals, entropy no lower)." in text
 
 
-def test_sentences_count_predictions():
-    facts = make_facts({ENTROPY: {"a": FALLING}, HIGH_FREQUENCY: {"a": RISING}})
+def test_arms_are_adjusted_for_their_number():
+    """Over all arms and levels of an architecture, each measure for itself."""
+    facts = arm_facts({f"arm {n}": {ENTROPY: [4.0] * 5, HIGH_FREQUENCY: [0.5] * 5} for n in range(3)})
+    lines = arms.arms_table(facts, [ENTROPY])
+    p = sorted(facts.rows[ENTROPY, line["group"]]["difference_p"] for line in lines)
+    adjusted = sorted(line["adjusted"][ENTROPY] for line in lines)
+    assert len(p) == 19 and adjusted[0] == pytest.approx(min(1.0, 19 * p[0])) and adjusted[-1] >= p[-1]
+
+
+def test_seeds_that_disagree_do_not_concentrate():
+    facts = arm_facts({"replay": {ENTROPY: FALLING, HIGH_FREQUENCY: RISING}}, seeds=(0, 1, 2))
+    replay = Group("a", "replay", 1.0)
+    for key in (ENTROPY, HIGH_FREQUENCY):
+        facts.rows[key, replay].update(difference_low=-9.0, difference_high=9.0, difference_p=0.2)
+    lines = {line["group"].level: line["concentrates"] for line in arms.arms_table(facts, [ENTROPY]) if line["group"].arm == "replay"}
+    assert lines[1.0] == "not shown" and lines[0.5] == "yes"
+
+
+def test_arms_of_one_seed_are_not_said_to_concentrate_or_not():
+    facts = arm_facts({"replay": {ENTROPY: FALLING, HIGH_FREQUENCY: RISING}}, seeds=(0,))
+    lines = arms.arms_table(facts, [ENTROPY])
+    assert {line["concentrates"] for line in lines} == {UNDECIDED}
+    text = " ".join(sentences.sentences(facts, [], lines))
+    assert "not shown" not in text and "not decidable: replay" in text
+
+
+def test_a_difference_of_one_shared_seed_is_one_seed():
+    """Three seeds in each arm, one in common: what is replicated is the pair."""
+    cells = make_cells({ENTROPY: {("a", "feedback"): [4.0, 3.0]}}, levels=(0.0, 1.0), seeds=(0, 1, 2))
+    cells = [cell for cell in cells if cell.level == 0.0 or cell.seed == 0]
+    assert verdict.judge(FALLS, facts_of(cells)).outcome == UNDECIDED
+
+
+# sentences
+
+
+def test_sentences_name_arm_levels_and_seeds():
+    facts = make_facts({ENTROPY: {"a": FALLING, "b": FALLING}, HIGH_FREQUENCY: {"a": RISING, "b": RISING}})
     judged = [verdict.judge(prediction, facts) for prediction in (FALLS, NEAR_ONE)]
-    text = " ".join(verdict.sentences(facts, judged, []))
-    assert "falls with the level in 1 of 1 architectures" in text and "Of 2 predictions written down before the runs, 2 were met" in text
+    text = sentences.sentences(facts, judged, [])
+    assert text[0].startswith("Predictive entropy falls with the level in 2 of 2 architectures (arm feedback, 5 levels, 3 seeds); slope per unit of level")
+    assert "slope per unit of level in nats: a −3.763 [−3.7" in text[0] and "rho" not in " ".join(text)
+    assert text[2].startswith("Of 2 predictions written down before the runs, 2 were met, 0 not met, 0 not decidable")
+
+
+def test_sentences_do_not_call_two_levels_a_trend():
+    text = sentences.sentences(make_facts({ENTROPY: {"a": [4.0, 3.0]}}, levels=(0.0, 1.0)), [], [])[0]
+    assert "falls between two levels in 1 of 1 architecture" in text and "with the level" not in text and "monotone" not in text
+
+
+def test_sentences_where_nothing_is_decided():
+    text = sentences.sentences(make_facts({ENTROPY: {"a": [4.0] * 5, "b": FALLING}}, noise=0.2), [], [])[0]
+    assert "in 1 of 2 architectures" in text and "Not decidable in a." in text
+    text = sentences.sentences(make_facts({ENTROPY: {"a": FALLING}}, seeds=(0,)), [], [])[0]
+    assert "not decidable" in text and "falls with the level in" not in text and "intervals are over prompts only" in text
+    text = sentences.sentences(make_facts({ENTROPY: {"a": FALLING[::-1]}}), [], [])[0]
+    assert "in 0 of 1 architecture" in text and "It rises in a." in text
+
+
+def test_sentences_say_where_the_means_turn_back():
+    text = sentences.sentences(make_facts({ENTROPY: {"a": BENT}}), [], [])[0]
+    assert "The means turn back in a (0.25 to 0.5: +0.49 [" in text and "within noise" not in text
+
+
+def test_no_levels_no_sentence():
+    assert sentences.sentences(make_facts({ENTROPY: {"a": [4.0]}}, levels=(0.0,)), [], []) == []
 
 
 # the file of predictions
 
 
 def test_the_shipped_predictions_are_read():
-    predictions = verdict.load_predictions(PREDICTIONS)
-    assert [item.id for item in predictions] == ["P1", "P2", "P3"]
-    assert predictions[0].key == ENTROPY and predictions[0].direction == "falls" and predictions[2].minimum == 0.95
-    assert predictions[2].levels == (1.0,) and predictions[1].key == HIGH_FREQUENCY
+    found = predictions.load_predictions(PREDICTIONS)
+    assert [item.id for item in found] == ["P1", "P2", "P3"]
+    assert found[0].key == ENTROPY and found[0].direction == "falls" and found[2].minimum == 0.95
+    assert found[2].levels == (1.0,) and found[1].key == HIGH_FREQUENCY
 
 
 GOOD = {"id": "P", "statement": "s", "metric": "m", "direction": "decreasing"}
@@ -270,6 +280,8 @@ GOOD = {"id": "P", "statement": "s", "metric": "m", "direction": "decreasing"}
         ({"id": "P", "statement": "s", "metric": "m"}, "either direction"),
         ({"id": "P", "statement": "s", "metric": "m", "minimum": "x"}, "are numbers"),
         ({**GOOD, "levels": ["a"]}, "levels are numbers"),
+        ({**GOOD, "levels": []}, "levels are numbers"),
+        ({"id": "P", "statement": "s", "metric": "m", "minimum": 2, "maximum": 1}, "minimum 2 lies above maximum 1"),
         ({**GOOD, "architectures": "gpt2"}, "list of names"),
     ],
 )
@@ -277,17 +289,17 @@ def test_wrong_predictions_are_refused_in_one_line(tmp_path, entry, message):
     path = tmp_path / "p.yaml"
     path.write_text(yaml.safe_dump([GOOD, entry]))
     with pytest.raises(UserError, match=message) as error:
-        verdict.load_predictions(path)
+        predictions.load_predictions(path)
     assert "prediction 2" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_files_of_predictions_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        verdict.load_predictions(tmp_path / "absent.yaml")
+        predictions.load_predictions(tmp_path / "absent.yaml")
     for name, content in (("a.yaml", "a: [b"), ("b.json", "{"), ("c.yaml", "predictions: 3"), ("d.json", json.dumps([GOOD, GOOD]))):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError) as error:
-            verdict.load_predictions(tmp_path / name)
+            predictions.load_predictions(tmp_path / name)
         assert "\n" not in str(error.value)
 
 
