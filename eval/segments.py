@@ -52,12 +52,12 @@ _LONGEST = 8  # characters of an abbreviation that matter
 _CLOSING = r"[\p{Pe}\p{Pf}\p{Pi}\"'*_]*+(?:\[\d{1,3}\])*+"  # the mark of a footnote too
 _SPACED = r".!?…．"
 _END = regex.compile(
-    rf"(?P<marks>[\p{{STerm}}{_SPACED}]++)(?:(?<![{_SPACED}])[\p{{Pe}}\p{{Pf}}\"']*+"
+    rf"(?<![\p{{STerm}}{_SPACED}])(?P<marks>[\p{{STerm}}{_SPACED}]++)(?:(?<![{_SPACED}])[\p{{Pe}}\p{{Pf}}\"']*+"
     rf"|(?P<closing>{_CLOSING})(?=\s|\Z|--|[–—\p{{Han}}\p{{Hiragana}}\p{{Katakana}}]))")  # fmt: skip
 _BREAK = regex.compile(r"[^\w.]|_")
-_NEXT = regex.compile(r"[\s.…(\[{–—-]*+(.?)", regex.DOTALL)
+_NEXT = regex.compile(r"[\s.…(\[{–—-]{0,40}+(.?)", regex.DOTALL)
 _GOES_ON = frozenset(",;:")
-_NEXT_WORD = regex.compile(r"[\W_]*+(\w++)(\.?)")
+_NEXT_WORD = regex.compile(r"[\W_]{0,40}+(\w++)(\.?)")
 _BARE = regex.compile(r"[\W_]*+")
 _ROMAN = regex.compile(r"[IVXLCDM]+")
 _DOTTED = regex.compile(r"\p{L}{1,2}(?:\.\p{L}{1,2})+")
@@ -109,7 +109,8 @@ def _is_short(paragraph: str, start: int, stop: int, cased: bool) -> bool:
     if low in LATIN or (low in TITLES and (token[0].isupper() or not cased)):
         return True
     if token.isdecimal():
-        line = max(start, paragraph.rfind("\n", 0, stop) + 1)
+        line = max(start, stop - 40)
+        line = max(line, paragraph.rfind("\n", line, stop) + 1)
         return len(token) < 4 and _BARE.match(paragraph, line, stop).end() == stop - len(token)
     initial, short = len(token) == 1 and token.isupper(), low in SHORT or _DOTTED.fullmatch(token)
     following = _NEXT_WORD.match(paragraph, stop) if initial or short or low in REFERENCES else None

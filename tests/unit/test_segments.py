@@ -117,6 +117,14 @@ def test_sentence_lengths(text, lengths, loose):
     assert sentence_lengths(text) == (lengths, loose)
 
 
+@pytest.mark.parametrize("unit", [".", ". ", "! (", "A. ", "1. ", "a.", '."', ".[1]", "\u0301", "1,000", "a'", "।", "\n "])
+def test_degenerate_text_takes_linear_time(unit):
+    """A collapsed model writes one mark for ever: at 200,000 characters what is quadratic takes minutes."""
+    text = "é" + unit * (200_000 // len(unit)) + "é"
+    lengths, loose = sentence_lengths(text)
+    assert sum(lengths) + loose == len(words_of(text))
+
+
 def test_unspaced_words():
     assert all(map(is_unspaced, ["中", "ひ", "ภาษาไทย", "ខ្មែរ", "ລາວ"]))
     assert not any(map(is_unspaced, ["a", "é", "한국어", "カタ", "हिन्दी"]))
