@@ -7,7 +7,7 @@ models are the same thing and can be paired. Prompts are nested in seeds: all sa
     block    `group_texts` neighbouring prompts. Read block by block, within one by (sample, prompt), the texts form a stream
              that is cut into groups of exactly `group_tokens` tokens (or bytes); a group belongs to the block it starts in
     pool     the stream by (sample, prompt), cut into pools of exactly `pool_tokens` tokens
-    fold     10 to 20 runs of neighbouring prompts (fewer for fewer prompts), as equal as can be: left out one at a time, for the
+    fold     14 to 20 runs of neighbouring prompts (fewer for fewer prompts), as equal as can be: left out one at a time, for the
              jackknife of pooled statistics
 """
 
@@ -23,7 +23,7 @@ from ..sample_table import SampleTable, tables_of
 from .ngrams import Corpus
 
 SELF_NOTE = "the references measured against themselves"
-MIN_FOLDS, MAX_FOLDS = 10, 20
+MIN_FOLDS, MAX_FOLDS = 14, 20
 SUBSAMPLE_TEXTS = 500
 PART_TOKENS, PART_TEXTS = 2**18, 2**15  # some tens of MiB
 
@@ -182,7 +182,7 @@ class Layout:
 
     @cached_property
     def folds(self) -> int:
-        """Of MIN_FOLDS to MAX_FOLDS that number by which the prompts divide with the least left over, the larger of two such."""
+        """That number from MIN_FOLDS to MAX_FOLDS by which the prompts divide with the least left over, the larger of two such."""
         prompts = len(self.prompts)
         return prompts if prompts <= MAX_FOLDS else min(range(MAX_FOLDS, MIN_FOLDS - 1, -1), key=lambda folds: prompts % folds)
 
