@@ -5,6 +5,7 @@
 # make bench: step time and memory relative to plain DeepSpeed, 70 minutes on two idle cores with AMX, as two cases are in bf16
 # (docs/performance.md).
 # make faults: 30 seeded kills of a rank, each run started again and compared (docs/reliability.md).
+# make coverage: how often the harness's 95 % intervals hold the truth, by simulation, 4 minutes (docs/evaluation.md).
 # make test-no-fp16: tests with fp16 in them as on a CPU that has none (DS_STABILITY_TEST_NO_FP16=1): its cases are skipped, the others run.
 # PYTHON=... chooses the interpreter (an installed torch is used as it is); TORCH=... what to install where there is none.
 PYTHON ?= python3
@@ -16,7 +17,7 @@ RUN = $(VENV)/bin/python
 TEXT ?=
 ON_TEXT = $(if $(TEXT),--set dataset_name=null --set train_file=$(TEXT) --set unwrap=true)
 
-.PHONY: demo test test-slow test-no-fp16 reproduce reproduce-quick faults soak bench docs clean
+.PHONY: demo test test-slow test-no-fp16 reproduce reproduce-quick faults soak bench coverage docs clean
 
 demo: $(VENV)/.ready
 	$(RUN) benchmarks/demo.py --output runs/demo
@@ -43,6 +44,9 @@ soak: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(RUN) benchmarks/performance.py --output runs/performance
+
+coverage: $(VENV)/.ready
+	$(RUN) benchmarks/interval_coverage.py
 
 faults: $(VENV)/.ready
 	$(RUN) tests/faults/driver.py --trials 30 --output runs/faults

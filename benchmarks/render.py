@@ -1,6 +1,6 @@
-"""Render docs/results.md, docs/governor.md and their figures from docs/results/*.json; no figure is typed by hand.
+"""Render docs/results.md, docs/governor.md, a part of docs/evaluation.md, and their figures from docs/results/*.json; no figure is typed by hand.
 
-    python benchmarks/render.py [--results docs/results] [--page docs/results.md docs/governor.md] [--check]
+    python benchmarks/render.py [--results docs/results] [--page docs/results.md docs/governor.md ...] [--check]
 
 The results files are those that the other scripts here write (`cp runs/demo/demo.json docs/results/`). In the
 page, what stands between `<!-- generated: NAME -->` and `<!-- end -->` is made from NAME.json; the rest is written by hand.
@@ -22,6 +22,7 @@ import figures
 import generation
 import governor
 import headline
+import interval_coverage
 import load_once
 import metric_speed
 import million
@@ -31,7 +32,7 @@ import sweep_cost
 from ds_stability.run_dir import write_atomic
 
 DOCS = common.REPOSITORY / "docs"
-PAGES = ("results.md", "governor.md")
+PAGES = ("results.md", "governor.md", "evaluation.md")
 SAMPLE_CHARACTERS = 400
 _MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -197,6 +198,10 @@ def downstream_section(result: dict[str, Any]) -> str:
     return f"{common.markdown_table(*downstream.skills_table(result))}\n\n{downstream.summary(result)}"
 
 
+def coverage_section(result: dict[str, Any]) -> str:
+    return "\n\n".join(f"{title}:\n\n{common.markdown_table(*table)}" for title, table in interval_coverage.tables(result).items())
+
+
 def faults_section(result: dict[str, Any]) -> str:
     """One row a phase: how many kills, how many inside the phase, and what came of them."""
     header = ["killed while", "kills (of rank 0)", "inside the phase", "all processes ended", "seconds: median, longest",
@@ -214,10 +219,10 @@ SECTIONS = {"demo": demo_section, "smollm2": smollm2_section, "headline": headli
             "arms": arms_section, "pretrained": pretrained_section, "generation": generation_section,
             "million": million_section, "load_once": load_once_section, "sweep_cost": sweep_cost_section,
             "metric_speed": metric_speed_section, "faults": faults_section, "governor": governor_section, "cures": cures_section,
-            "downstream": downstream_section}  # fmt: skip
+            "downstream": downstream_section, "coverage": coverage_section}  # fmt: skip
 SAME_FILE = {"arms": "headline"}  # sections that show another part of a results file
 DRAWN_ELSEWHERE = ("headline", "arms", "pretrained", "generation", "metric_speed", "faults", "million", "load_once", "sweep_cost",
-                   "governor", "cures", "downstream")  # fmt: skip
+                   "governor", "cures", "downstream", "coverage")  # fmt: skip
 
 
 def draw(results: Path, folder: Path) -> list[Path]:

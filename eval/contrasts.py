@@ -1,9 +1,7 @@
 """Estimates over training seeds and units: of a group of cells, of the difference between two, of the slope over levels.
 
 All three are one thing: in each seed a weighted sum of cells, and of each of the units that those cells share. spread.py gives
-the interval of its mean over seeds. Cells that do not share seeds or units are taken as independent, and the note says so;
-their intervals are put together by the method of variance estimates recovery (MOVER: Newcombe 1998, Statistics in Medicine
-17, 873; Zou and Donner 2008, Statistics in Medicine 27, 1693).
+the interval of its mean over seeds. Cells that do not share seeds or units are taken as independent, and the note says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +22,12 @@ from .spread import (
     half_width,
     in_runs,
     interval_error,
-    pseudo_values,
+    recovered,
     share_bounds,
     spread_of,
     standard_error,
     too_large,
+    weighted,
 )
 
 SMALLEST_P = 1e-12  # stated instead of smaller ones
@@ -142,6 +141,10 @@ class _Part(NamedTuple):
         return float(self.values.mean())
 
     @property
+    def center(self) -> float:
+        return min(1.0, max(0.0, self.value)) if self.share else self.value
+
+    @property
     def half(self) -> float:
         return float(half_width(self.spread))
 
@@ -207,16 +210,9 @@ def _finished(found: Estimate, bounds: Bounds, error: float, notes: Sequence[str
 
 
 def _recovered(value: float, parts: Sequence[tuple[float, _Part]]) -> Bounds:
-    """MOVER: the distances from each part's value to its own bounds, added in quadrature, around `value`."""
-
     def bounds(alpha: float) -> tuple[float, float]:
-        below, above = 0.0, 0.0
-        for weight, part in parts:
-            ends = part.inside(alpha) if part.share else part.straight(alpha)
-            center = min(1.0, max(0.0, part.value)) if part.share else part.value
-            low, high = sorted(weight * (end - center) for end in ends)
-            below, above = below + low**2, above + high**2
-        return value - sqrt(below), value + sqrt(above)
+        low, high = recovered(value, ((weight, part.center, *(part.inside(alpha) if part.share else part.straight(alpha))) for weight, part in parts))
+        return float(low), float(high)
 
     return bounds
 
@@ -310,7 +306,7 @@ def _matrix(lines: Sequence[Sequence[Term]], key: Key, units: Sequence) -> tuple
     totals, counts = (in_runs(array if used.all() else array[..., used]) for array in (totals, counts))
     weights = np.array([[weight for weight, _ in terms] for terms in lines])
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks
-        return (weights[..., None] * pseudo_values(totals, counts)).sum(axis=1), int(used.sum())
+        return weighted(totals, counts, weights), int(used.sum())
 
 
 def _nothing(why: str) -> Estimate:

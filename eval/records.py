@@ -1,7 +1,7 @@
 """What the harness passes around: samples, prompts, measurements in units, and the tasks that make them.
 
 Every figure is kept as `Measured`: a (total, count) for each of its units until the last moment. Units are what can be
-resampled and paired between two models: prompts, documents, or disjoint groups of texts.
+counted and paired between two models: prompts, documents, or disjoint groups of texts.
 """
 
 from collections.abc import Sequence

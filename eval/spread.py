@@ -6,9 +6,10 @@ unit_u + rest_su. The variance of the mean over S seeds and U units is estimated
 with unlike degrees of freedom (Banerjee 1960, Sankhya 22, 357): h^2 = sum of t_f^2 V_f. It holds its 95 % whatever share of the
 variance lies between seeds; Satterthwaite's single degree of freedom does not with two or three seeds (docs/evaluation.md).
 
-Every function takes any number of figures at once in the leading axes, which is how benchmarks/coverage.py simulates it.
+Every function takes any number of figures at once in the leading axes, which is how benchmarks/interval_coverage.py simulates it.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +57,16 @@ def pseudo_values(totals: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return ratio + apart - apart.mean(axis=-1, keepdims=True)
 
 
+def weighted(totals: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """By seed and unit, [..., S, U], the weighted sum over cells of what each unit says.
+
+    Args:
+        totals, counts: [..., S, cells, U].
+        weights: [S, cells] or [cells].
+    """
+    return (weights[..., None] * pseudo_values(totals, counts)).sum(axis=-2)
+
+
 def spread_of(values: np.ndarray, y: np.ndarray | None = None, scale: np.ndarray | float = 0.0) -> Spread:
     """The parts of the variance of the mean of `values`.
 
@@ -92,6 +103,19 @@ def half_width(spread: Spread, alpha: float = ALPHA) -> np.ndarray:
     over_seeds, over_units, over_both = (t_quantile(freedom, alpha) ** 2 for freedom in (seeds, units, seeds * units))
     both = over_seeds * spread.by_seed + over_units * np.maximum(0.0, spread.by_unit - spread.rest)
     return np.sqrt(np.maximum(np.maximum(both, over_units * spread.by_unit), over_both * spread.rest))
+
+
+def recovered(value: np.ndarray, parts: Iterable[tuple[float, np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of a weighted sum from those of its parts, (weight, value, low, high) each, taken as independent: (low, high).
+
+    MOVER, the method of variance estimates recovery (Newcombe 1998, Statistics in Medicine 17, 873; Zou and Donner 2008,
+    Statistics in Medicine 27, 1693): the distances from each part to its own bounds, added in quadrature.
+    """
+    below, above = 0.0, 0.0
+    for weight, center, low, high in parts:
+        sides = (weight * (low - center), weight * (high - center)) if weight > 0 else (weight * (high - center), weight * (low - center))
+        below, above = below + sides[0] ** 2, above + sides[1] ** 2
+    return value - np.sqrt(below), value + np.sqrt(above)
 
 
 def interval_error(low: float, high: float) -> float:
