@@ -143,7 +143,8 @@ def add_eval(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval", help="evaluate models: samples, scores on text, grammar and downstream tasks",
         **_epilog("ds-stability eval runs/first --suite quick --num_gpus 2 --output_dir evals/first",
-                  "0 all cells are done; 2 a mistake in what was given; 130 interrupted; else something failed.\n"
+                  "0 all cells are done; 2 a mistake in what was given; 73 the cells are done, but not their page; 130 interrupted;\n"
+                  "  else something failed.\n"
                   "  The same command goes on where it stopped, with any number of processes."),
     )  # fmt: skip
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a run or a model, or hub name")
@@ -165,7 +166,7 @@ def add_report(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report", help="make the report of evaluated cells: one page, figures, tables",
         **_epilog("ds-stability report evals/reproduce --predictions eval/predictions.yaml",
-                  "0 the page is written (its path is printed); 2 a mistake in what was given, or nothing to report on"),
+                  "0 the page is written (a table and its path are printed); 2 a mistake in what was given, or nothing to report on"),
     )  # fmt: skip
     parser.add_argument("directory", metavar="DIR", help="evals/NAME, the --output_dir of ds-stability eval")
     parser.add_argument("--output", metavar="DIR", help="folder of the page (default: DIR/report)")
@@ -177,10 +178,10 @@ def add_report(subparsers: Any) -> None:
 def _run_report(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ds_stability.eval.report import write_report
+    from ds_stability.eval.conclusion import conclude
 
     output, predictions = (Path(value) if value else None for value in (args.output, args.predictions))
-    print(safe_line(write_report(Path(args.directory), output, args.baseline_level, predictions)))
+    conclude(Path(args.directory), None, output, args.baseline_level, predictions)
     return 0
 
 

@@ -10,7 +10,15 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from ds_stability.errors import ExportError, PeerLostError, SkippedStepsError, StoppedError, StorageError, UserError
+from ds_stability.errors import (
+    ExportError,
+    PageError,
+    PeerLostError,
+    SkippedStepsError,
+    StoppedError,
+    StorageError,
+    UserError,
+)
 from ds_stability.failures import storage_reason
 from ds_stability.output import stop_when_unread
 from ds_stability.preemption import release_signals
@@ -58,7 +66,7 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
     except UserError as error:
         _speak(error)
         return _refuse(error.exit_code)
-    except (SkippedStepsError, ExportError) as error:
+    except (SkippedStepsError, ExportError, PageError) as error:
         _speak(error)
         return error.exit_code
     except (PeerLostError, StorageError) as error:
@@ -81,7 +89,7 @@ def _refuse(code: int) -> int:
     return code
 
 
-def _speak(error: UserError | SkippedStepsError | ExportError | PeerLostError | StorageError) -> None:
+def _speak(error: UserError | SkippedStepsError | ExportError | PageError | PeerLostError | StorageError) -> None:
     rank = global_rank()
     if not isinstance(error, PeerLostError):
         release_signals()  # it is the launcher's now to end those that wait here, and they have nothing to add

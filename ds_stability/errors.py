@@ -48,6 +48,13 @@ class ExportError(RuntimeError):
     everywhere = True
 
 
+class PageError(RuntimeError):
+    """The page of an evaluation could not be made; its results are whole (sysexits.h: EX_CANTCREAT)."""
+
+    exit_code = 73
+    everywhere = True
+
+
 class StoppedError(RuntimeError):
     """A signal stopped the run after a whole step, and its checkpoint is saved: start it again (sysexits.h: EX_TEMPFAIL)."""
 

@@ -120,7 +120,7 @@ def describe_run(model: str | ModelPath) -> dict[str, Any] | None:
         "level": stability.get("level"),
         "arm": planned.get("arm"),
         "seed": seeds.get("seed"),
-        "architecture": axes.get("architecture") or _model_type(run.final),
+        "architecture": axes.get("architecture") or model_type(run.final),
         "axes": axes,
         "stability": stability,
         "branch": {key: branch.get(key) for key in ("checkpoint", "step")} if (branch := _object(manifest.get("branch"))) else None,
@@ -150,9 +150,10 @@ def _planned(run: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as the plan of a sweep; mend it, or move the run elsewhere") from None
 
 
-def _model_type(final: Path) -> str | None:
+def model_type(folder: str | Path) -> str | None:
+    """What a model's config.json says it is; None for one that is not here."""
     try:
-        return read_json(final / "config.json")["model_type"]
+        return read_json(Path(folder) / "config.json")["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from ds_stability.errors import UserError
+from ds_stability.failures import storage_reason
 from ds_stability.run_dir import write_atomic
 from ds_stability.safe_text import safe_line
 
-from . import report_curves, report_figures, report_forest
+from . import report_curves, report_figures, report_forest, report_models
 from .aggregate import (
     REFERENCE,
     Group,
@@ -33,6 +34,7 @@ from .aggregate import (
     results_frame,
 )
 from .arms import arms_table
+from .comparison import Comparison, compare
 from .predictions import load_predictions
 from .report_cells import UNTOUCHED, Cell, Evaluation, Key, read_evaluation
 from .report_drawing import Picture
@@ -61,23 +63,53 @@ class Analysis:
     sentences: list[str]
     curves: dict[str, dict[float, dict]]
     stability: list[dict[str, Any]]
+    comparison: Comparison
     runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def architectures(self) -> list[str]:
         return list(dict.fromkeys(group.architecture for group in self.groups if group.arm == self.arm and group.level is not None))
 
+    @property
+    def has_levels(self) -> bool:
+        """Whether any architecture has two levels, so that there is a dose-response."""
+        found = [group.architecture for group in self.groups if group.arm == self.arm and group.level is not None]
+        return len(found) > len(set(found))
+
+    @property
+    def has_models(self) -> bool:
+        """Whether models stand beside each other for themselves: without levels, or some that no run of ours made."""
+        return not self.has_levels or any(not model.trained for model in self.comparison.models)
+
 
 def write_report(folder: Path, output: Path | None = None, baseline_level: float = 0.0, predictions: Path | None = None) -> Path:
-    """Read evals/NAME, write results.parquet, report/ and tensorboard/; the page's path.
+    """Read evals/NAME, write results.parquet, report/ and tensorboard/; the page's path. Errors as below."""
+    return write_page(read_analysis(folder, baseline_level, predictions), output or folder / "report", baseline_level)
+
+
+def read_analysis(folder: Path, baseline_level: float = 0.0, predictions: Path | None = None) -> Analysis:
+    """The analysis of evals/NAME; cells that are left out are named on stderr.
 
     Raises:
         UserError: nothing to report on, or a wrong predictions file.
     """
     predictions = predictions or next((folder / name for name in PREDICTION_FILES if (folder / name).exists()), None)
     analysis = analyze(read_evaluation(folder), baseline_level, predictions)
-    samples = collect(analysis.evaluation)
-    output = output or folder / "report"
+    for cell in analysis.evaluation.incomplete[:WARNINGS]:
+        print(safe_line(f"warning: cell {cell.id} is left out: {cell.reason}"), file=sys.stderr)
+    if len(analysis.evaluation.incomplete) > WARNINGS:
+        print(f"warning: {len(analysis.evaluation.incomplete)} cells are left out; the page names all", file=sys.stderr)
+    return analysis
+
+
+def write_page(analysis: Analysis, output: Path, baseline_level: float = 0.0) -> Path:
+    """results.parquet and tensorboard/ beside the cells, figures, tables and the page in `output`; the page's path.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    named = {} if analysis.has_levels else {cell.id: model.name for model in analysis.comparison.models for cell in model.cells}
+    folder, samples = analysis.evaluation.folder, collect(analysis.evaluation, named)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # it prints control characters in names as they are
         pictures = draw_figures(analysis)
@@ -92,11 +124,9 @@ def write_report(folder: Path, output: Path | None = None, baseline_level: float
         write_tensorboard(analysis, folder / "tensorboard")
         page = output / "index.html"
         write_atomic(page, render(analysis, pictures, samples, baseline_level))
-        for cell in analysis.evaluation.incomplete[:WARNINGS]:
-            print(safe_line(f"warning: cell {cell.id} is left out: {cell.reason}"), file=sys.stderr)
-        if len(analysis.evaluation.incomplete) > WARNINGS:
-            print(f"warning: {len(analysis.evaluation.incomplete)} cells are left out; {page} names all", file=sys.stderr)
     except OSError as error:
+        if storage_reason(error) is not None:
+            raise
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
     return page
 
@@ -119,7 +149,7 @@ def analyze(evaluation: Evaluation, baseline_level: float = 0.0, predictions: Pa
     arms = arms_table(facts, ARM_KEYS)
     runs = report_curves.read_runs(evaluation)
     return Analysis(evaluation, groups, arm, rows, trends, judged, arms, sentences(facts, judged, arms),
-                    report_curves.curves(groups, runs, arm), report_curves.stability_rows(groups, runs), runs)  # fmt: skip
+                    report_curves.curves(groups, runs, arm), report_curves.stability_rows(groups, runs), compare(groups), runs)  # fmt: skip
 
 
 def draw_figures(analysis: Analysis) -> list[Picture]:
@@ -132,17 +162,18 @@ def draw_figures(analysis: Analysis) -> list[Picture]:
     lines = reference_lines(analysis)
     panels = {key: report_figures.Panel(key, metric_title(key, units[key]), rows, lines.get(key, {}))
               for key, rows in by_key.items()}  # fmt: skip
-    pictures = []
+    compared = report_models.figure(analysis.comparison) if analysis.has_models else None
+    pictures = [] if compared is None else [compared]
     head = [key for key in HEADLINE if key in panels] or list(panels)[:8]
     interval = "Bars: 95 % intervals over seeds and prompts; small dots: single seeds."
-    if head:
+    if head and analysis.has_levels:
         pictures.append(report_figures.dose_response(
             "headline", f"Dose-response of the headline measures, arm {analysis.arm}. {interval}", [panels[key] for key in head],
             analysis.architectures, inches=(2.3, 2.35), direct=True))  # fmt: skip
     families: dict[str, list[Key]] = {}
     for key in panels:
         families.setdefault(metric_family(key), []).append(key)
-    for place, (family, keys) in enumerate(sorted(families.items()), start=1):
+    for place, (family, keys) in enumerate(sorted(families.items()) if analysis.has_levels else [], start=1):
         pictures.append(report_figures.dose_response(
             f"dose-{place:02d}-{'-'.join(re.findall(r'[a-z0-9]+', family.lower()))[:40]}", f"{family}. {interval}",
             [panels[key] for key in keys], analysis.architectures, columns=5, inches=(2.0, 1.85)))  # fmt: skip
@@ -150,10 +181,10 @@ def draw_figures(analysis: Analysis) -> list[Picture]:
         caption = "Training curves by level: median over seeds, band from lowest to highest. Left: the weighted loss that is optimized; middle: plain cross-entropy; right: entropy of the predictions; all on training batches."
         pictures.append(report_figures.training_curves(analysis.curves, caption))
     main = [row for row in analysis.stability if row["arm"] == analysis.arm and row["level"] is not None]
-    if main:
+    if main and analysis.has_levels:
         caption = "Variance ratio reached (settled: from 31 steps after warm-up) against asked, and how smooth training was, apart from the law. Bars: sd over seeds."
         pictures.append(report_figures.stability(main, analysis.architectures, caption))
-    if len({line["group"].arm for line in analysis.arms}) > 1:
+    if analysis.has_levels and len({line["group"].arm for line in analysis.arms}) > 1:
         shown = [(key, metric_title(key, units.get(key))) for key in ARM_KEYS if any(line["rows"].get(key) for line in analysis.arms)]
         caption = "Every arm and level against the baseline of the same architecture, paired by seed and prompt. Bars: 95 % intervals."
         pictures.append(report_forest.arms(analysis.arms, shown, caption))
@@ -191,6 +222,7 @@ def tables(analysis: Analysis) -> dict[str, list[dict[str, Any]]]:
     return {
         "groups": groups, "trends": [item.to_dict() for item in analysis.trends], "arms": arms, "predictions": predictions,
         "stability": [{name: value for name, value in row.items() if name != "ratios"} for row in analysis.stability],
+        "models": [dict(zip(report_models.PAIR_COLUMNS, row, strict=True)) for row in report_models.pair_rows(analysis.comparison)],
         "cells": cells.where(cells.notna(), None).to_dict("records"),
         "incomplete": [item._asdict() for item in analysis.evaluation.incomplete],
     }  # fmt: skip

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ds_stability.run_dir import package_versions, utc_now
 
-from . import report_curves
+from . import report_curves, report_models
 from .report_cells import Evaluation
 from .report_drawing import Picture
 from .report_samples import clean, visible
@@ -45,6 +45,9 @@ def render(analysis: "Analysis", pictures: Sequence[Picture], samples: dict[str,
         "arms": analysis.arms, "arm_keys": [(key, metric_title(key, None)) for key in ARM_KEYS],
         "arm_count": len({line["group"].arm for line in analysis.arms}),
         "stability": analysis.stability, "stability_keys": {key: report_curves.STABILITY[key] for key in measured},
+        "has_levels": analysis.has_levels, "has_models": analysis.has_models, "models": analysis.comparison.models,
+        "model_table": report_models.table(analysis.comparison), "model_sentences": report_models.sentences(analysis.comparison),
+        "model_notes": report_models.table_notes(analysis.comparison), "pair_notes": report_models.pair_notes(analysis.comparison),
         "headline_trends": headline, "architectures": analysis.architectures,
         "settings": settings_rows(evaluation), "versions": package_versions(),
     }  # fmt: skip
@@ -55,6 +58,7 @@ def render(analysis: "Analysis", pictures: Sequence[Picture], samples: dict[str,
         "results": {"columns": TABLE_COLUMNS, "rows": table_rows(analysis.rows)},
         "trends": {"columns": TREND_COLUMNS, "rows": [trend_row(item) for item in analysis.trends]},
         "samples": samples,
+        **({"models": {"columns": report_models.PAIR_COLUMNS, "rows": report_models.pair_rows(analysis.comparison)}} if analysis.has_models else {}),
     }
     return environment.get_template(TEMPLATE).render(
         **values, figures={figure["name"]: figure for figure in figures},

@@ -5,7 +5,7 @@ move the cursor of a terminal, end a string early or turn the direction of what 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -58,22 +58,29 @@ def read_lines(cell: Cell, problems: list[str]) -> Iterable[dict[str, Any]]:
         problems.append(f"cell {cell.id}: {cell.samples} has {broken} broken lines in all")
 
 
-def collect(evaluation: Evaluation) -> dict[str, Any]:
-    """{"prompts": {index: text}, "human": {index: text}, "cells": [...], "texts": [[cell, decoding, prompt, text, finish]]}.
+def collect(evaluation: Evaluation, models: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """{"prompts": [{index: text}], "human": [{index: text}], "cells": [...], "texts": [[cell, decoding, prompt, text, finish]]}.
 
-    The first sample of each prompt and decoding; as many prompts, evenly spread, as the budget allows for all cells.
+    The first sample of each prompt and decoding; as many prompts, evenly spread, as the budget allows for all cells. Prompts and
+    human texts are a dictionary for each set of prompts: a cell's `prompts` says which is its own.
+
+    Args:
+        models: names by cell id of those that stand beside each other for themselves, not by level.
     """
     chosen = _choose(_lengths(cell, evaluation.problems) for cell in evaluation.cells)
-    texts = []
+    texts, cells, sets = [], [], []
     for place, cell in enumerate(evaluation.cells):
         # Its broken lines were named when it was read for the first time.
         own = {(str(record["decoding"]), record["prompt"]): record
                for record in read_lines(cell, []) if record["sample"] == 0 and record["prompt"] in chosen}  # fmt: skip
         texts += [[place, decoding, prompt, _shown(_cut(record["text"])), _cut(record.get("finish"))]
                   for (decoding, prompt), record in own.items()]  # fmt: skip
-    cells = [{"id": cell.id, "architecture": cell.architecture, "arm": cell.arm, "level": cell.level, "seed": cell.seed}
-             for cell in evaluation.cells]  # fmt: skip
-    prompts, human = ({str(index): _shown(text) for index, text in read.items()} for read in _prompts(evaluation.cells, chosen))
+        read = _prompts(cell, chosen)
+        if read not in sets and (read[0] or not sets):
+            sets.append(read)
+        cells.append({"id": cell.id, "architecture": cell.architecture, "arm": cell.arm, "level": cell.level, "seed": cell.seed,
+                      "model": (models or {}).get(cell.id), "prompts": sets.index(read) if read in sets else 0})  # fmt: skip
+    prompts, human = ([{str(index): _shown(text) for index, text in read[side].items()} for read in sets or [({}, {})]] for side in (0, 1))
     return {"prompts": prompts, "human": human, "cells": cells, "texts": texts}
 
 
@@ -111,12 +118,12 @@ def _choose(cells: Iterable[dict[str, dict[int, int]]]) -> set[int]:
     return {prompts[place * len(prompts) // count] for place in range(count)}
 
 
-def _prompts(cells: Iterable[Cell], chosen: set[int]) -> tuple[dict[int, str], dict[int, str]]:
-    """Text of the chosen prompts, and how a human went on, from the first prompts.jsonl of a cell; all cells share them."""
-    path = next((cell.folder / "prompts.jsonl" for cell in cells if (cell.folder / "prompts.jsonl").exists()), None)
+def _prompts(cell: Cell, chosen: set[int]) -> tuple[dict[int, str], dict[int, str]]:
+    """Text of the chosen prompts of a cell, and how a human went on."""
+    path = cell.folder / "prompts.jsonl"
     prompts: dict[int, str] = {}
     human: dict[int, str] = {}
-    with nullcontext(()) if path is None else path.open("rb") as lines:
+    with path.open("rb") if path.exists() else nullcontext(()) as lines:
         for line in lines:
             try:
                 record = json.loads(line.decode("utf-8", errors="replace"))

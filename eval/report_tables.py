@@ -15,7 +15,7 @@ HEADLINE = (
     Key("top1_mass", None, "held_out"), Key("cross_entropy", None, "held_out"), Key("bits_per_byte", None, "held_out"),
 )  # fmt: skip
 ARM_KEYS = (ENTROPY, HIGH_FREQUENCY, Key("distinct_2", "sample"), Key("cross_entropy", None, "held_out"))
-PLACES = {"held_out": "held-out", "train": "training text", "sample": "T\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}1", "top_p_95": "top-p .95", "top_k_40": "top-k 40",
+PLACES = {"held_out": "held-out", "train": "training text", "sample": "T\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}1", "top_p_95": "top-p 0.95", "top_k_40": "top-k 40",
           "beam_4": "beam 4", "greedy": "greedy", REFERENCE: "human text"}  # fmt: skip
 NAMES = {"high_frequency_share": "high-frequency share", "high_frequency_word_share": "high-frequency word share",
          "high_frequency_mass": "high-frequency mass", "cross_entropy": "cross-entropy", "top1_mass": "top-1 mass",

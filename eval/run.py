@@ -5,9 +5,10 @@
 MODEL is a run's folder (its final/ is meant), any from_pretrained folder, or a hub name. The models are evaluated one after
 another, each by all ranks of all nodes. A cell that is DONE is skipped; one that was killed goes on with any number of
 ranks, and its results are the same bytes. On a machine without GPUs set DS_ACCELERATOR=cpu, which the launcher reads.
+At the end rank 0 prints a table of all cells of --output_dir and draws their page.
 
-Exit codes: 0 done, 2 a mistake in what was given (one line says which), 69 another rank or host was lost, else something
-failed; the journal stays: the same command goes on.
+Exit codes: 0 done, 2 a mistake in what was given (one line says which), 69 another rank or host was lost, 73 the cells are done
+but their page could not be made (74: the disk is full), else something failed; the journal stays: the same command goes on.
 """
 
 import contextlib
@@ -228,14 +229,14 @@ def evaluate(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any) -> Non
 
 def describe_cell(plan: Plan, args: Any, suite: Suite, ranks: Any, place: Any, texts: dict, seconds: dict) -> dict[str, Any]:
     """cell.json: what was evaluated, how, on what, and how long it took."""
-    from ds_stability.eval.cell import CELL_VERSION, describe_run, high_frequency_file
+    from ds_stability.eval.cell import CELL_VERSION, describe_run, high_frequency_file, model_type
     from ds_stability.run_dir import git_revision, package_versions, utc_now
 
     file = high_frequency_file(plan.model, args.reference_file)
     return {
         "version": CELL_VERSION, "id": plan.cell_id, "model": plan.model.given, "model_fingerprint": plan.identity["model"],
         "suite": suite.to_dict(), "suite_fingerprint": plan.identity["suite"], "seeds": list(args.seeds),
-        "run": describe_run(plan.model), "identity": plan.identity, "texts": texts,
+        "run": describe_run(plan.model), "architecture": model_type(plan.model.load), "identity": plan.identity, "texts": texts,
         "high_frequency": {"file": None if file is None else str(file), "sha": plan.identity["high_frequency_set"]},
         "world_size": ranks.world_size, "device": place.kind, "finished_at": utc_now(), "seconds": seconds,
         "versions": package_versions(), "git": git_revision(os.path.dirname(__file__)),
@@ -271,6 +272,10 @@ def main(argv: list[str]) -> None:
         ranks.fail(error)
         raise
     ranks.stop()
+    if ranks.is_first:
+        from ds_stability.eval.conclusion import conclude_evaluation
+
+        conclude_evaluation(args)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ds_stability.safe_text import safe_text
 
 WAIT_SECONDS = 2  # between looks at what another process does
 TAIL_LINES = 25
+PAGE = Path("report") / "index.html"  # of an evaluation, in its folder: what it writes last
 
 
 @dataclass
@@ -207,20 +208,26 @@ class Sweep:
         if code != 0:
             print(f"error: the evaluation failed with exit code {code}; {log} ends:\n{tail(log)}", file=sys.stderr)
             return False
-        self.progress.say(f"evaluated; its report: ds-stability report {os.path.relpath(output)}")
+        self.progress.say(f"evaluated; its report: {os.path.relpath(output / PAGE)}")
         return True
 
     def _evaluation(self, words: list[str], log: Path, marks: list[Path], lock: int) -> int | None:
-        """Exit code of one evaluation; 0 for one that had to be ended after all was done."""
+        """Exit code of one evaluation; 0 for one that had to be ended after all was done, the page too."""
         before = sum(mark.exists() for mark in marks)
+        page = evaluation_folder(self.folder.path) / PAGE
+        drawn = _changed_at(page)
 
         def watch() -> bool:
             done = sum(mark.exists() for mark in marks)
             self.progress.update(f"{done} of {len(marks)} cells evaluated")
-            return before < done == len(marks)
+            return before < done == len(marks) and _changed_at(page) != drawn
 
         code = run_script(self.hosts, EVAL_SCRIPT, words, log, watch, keep_open=(lock,))
         return 0 if code is None else code
+
+
+def _changed_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def evaluation_folder(path: Path) -> Path:

@@ -90,7 +90,7 @@ def test_the_page_stands_alone(page, parsed):
 def test_hostile_text_is_data(page, parsed):
     """Only the elements that the template has, and the scripts it has; the text comes back out of the JSON whole."""
     tags = [tag for tag, _ in parsed.tags]
-    assert set(parsed.scripts) == {"data-results", "data-trends", "data-samples", "code"} and tags.count("script") == 4
+    assert set(parsed.scripts) == {"data-results", "data-trends", "data-models", "data-samples", "code"} and tags.count("script") == 5
     assert tags.count("img") == len(list(page.parent.glob("figures/*.png")))
     assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
     texts = [text[3] for text in json.loads(parsed.scripts["data-samples"])["texts"]]
