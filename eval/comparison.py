@@ -202,12 +202,13 @@ def _line(models: Sequence[Model], key: Key) -> Line:
 
 
 def _own(model: Model, key: Key) -> Estimate:
+    """The model's figure; its note holds the estimate's, and what the cells say of the measurement."""
     estimate = group_estimate(model.cells, key)
-    reasons = dict.fromkeys(str(row["note"]) for cell in model.cells if (row := cell.rows.get(key)) and row.get("note"))
+    noted = [str(row["note"]) for cell in model.cells if (row := cell.rows.get(key)) and row.get("note")]
     if estimate.value is None:
-        reasons = reasons or {"not measured": None}
-        return replace(estimate, note="; ".join(reasons))
-    return replace(estimate, note="; ".join(filter(None, [estimate.note, *reasons])))
+        return replace(estimate, note="; ".join(dict.fromkeys(noted)) or "not measured")
+    of_cells = [part for note in noted for part in note.split("; ") if "interval" not in part]  # those are of a cell's own interval
+    return replace(estimate, note="; ".join(dict.fromkeys([*filter(None, estimate.note.split("; ")), *of_cells])))
 
 
 def _pairs(models: Sequence[Model], key: Key, estimates: Sequence[Estimate]) -> list[Pair]:

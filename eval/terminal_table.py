@@ -124,7 +124,7 @@ def _stacked(labels: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]]
 
 
 def _heading(name: str) -> list[str]:
-    return textwrap.wrap(name, COLUMN) or [""]
+    return textwrap.wrap(name, COLUMN, break_on_hyphens=False) or [""]
 
 
 def _width_of(labels: Sequence[str], columns: Sequence[tuple[str, Sequence[str]]]) -> int:
@@ -155,14 +155,10 @@ def _notes(comparison: Comparison, lines: Sequence[Line], footnotes: Footnotes, 
         notes.append(f"More than {MAX_RANKED} models: those that were trained here are not compared in pairs.")
     notes += [f"{name} is {ascii_line(model.name)}" for name, model in zip(names, models, strict=True)
               if name != ascii_line(model.name) and len(models) <= MAX_COLUMNS]  # fmt: skip
-    notes.append(f"{len(lines)} of {comparison.figures} figures; the page has the others.")
+    if len(lines) < comparison.figures:
+        notes.append(f"{len(lines)} of {comparison.figures} figures; the page has the others.")
     return notes
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    words, lines = ascii_line(text).split(" "), [""]
-    for word in words:
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("   ")
-        lines[-1] += f" {word}" if lines[-1].strip() else word
-    return lines
+    return textwrap.wrap(ascii_line(text), width, subsequent_indent="   ", break_on_hyphens=False)
