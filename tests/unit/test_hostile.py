@@ -395,7 +395,7 @@ def test_a_text_with_line_separators_keeps_its_place_in_the_report(tmp_path):
     (cell / "prompts.jsonl").write_text(json.dumps({"index": 0, "text": "one\u2028two\x85three"}, ensure_ascii=False) + "\n")
     from ds_stability.eval.report_samples import collect
 
-    prompts = collect(report.read_evaluation(folder))["prompts"]
+    prompts = collect(report.read_evaluation(folder))["prompts"][0]
     assert "one" in prompts["0"] and "three" in prompts["0"] and prompts["0"].isprintable()
 
 
