@@ -247,6 +247,8 @@ def _part(lines: Sequence[Sequence[Term]], key: Key) -> _Part:
     values = np.array([sum(weight * _value(cell, key, own) for weight, cell in terms) for terms in lines])
     scale = max(abs(weight * cell.value(key)) for terms in lines for weight, cell in terms)
     y, count = _matrix(lines, key, units) if units else (None, 1)
+    if units and count == 1 and len(lines) > 1:
+        notes.append("one unit: over seeds only")
     share = any(cell.rows[key].get("unit") == "share" for cell in cells)
     if too_large(scale, values, 0.0 if y is None else y):
         return _Part(values, Spread(*[np.array(inf)] * 3, len(lines), count), count, share, notes)

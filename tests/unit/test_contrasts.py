@@ -198,6 +198,8 @@ def test_korn_and_graubard_are_clopper_and_pearson_of_independent_answers():
 def test_one_seed_and_one_unit_has_no_interval_and_bare_values_count_by_seed():
     assert "one seed and one unit" in group_estimate([cell(0, [2.0])], KEY).note
     assert "one seed and one unit" in group_estimate([without_units(0, 2.0)], KEY).note
+    one = group_estimate([cell(seed, [value]) for seed, value in enumerate([1.0, 2.0, 4.0])], KEY)
+    assert one.low < one.value < one.high and one.note == "one unit: over seeds only"
     found = group_estimate([without_units(seed, value) for seed, value in enumerate([1.0, 2.0, 4.0])], KEY)
     assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 2, 7 / 3, stats.sem([1.0, 2.0, 4.0])))
     assert "over seeds only" in found.note
