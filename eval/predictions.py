@@ -99,8 +99,8 @@ def _prediction(entry: Any, where: str) -> Prediction:
         raise UserError(f"{where}: architectures is a list of names, not {show_value(named)}")
     return Prediction(
         entry["id"], entry["statement"], Key(entry["metric"], entry.get("decoding"), entry.get("split")),
-        DIRECTIONS[direction] if direction else None, *bounds, None if levels is None else tuple(map(float, levels)),
-        None if named is None else tuple(named), entry.get("arm"),
+        DIRECTIONS[direction] if direction else None, *bounds, None if levels is None else tuple(dict.fromkeys(map(float, levels))),
+        None if named is None else tuple(dict.fromkeys(named)), entry.get("arm"),
     )  # fmt: skip
 
 

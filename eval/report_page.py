@@ -57,7 +57,7 @@ def render(analysis: "Analysis", pictures: Sequence[Picture], samples: dict[str,
     data = {
         "results": {"columns": TABLE_COLUMNS, "rows": table_rows(analysis.rows)},
         "trends": {"columns": TREND_COLUMNS, "rows": [trend_row(item) for item in analysis.trends]},
-        "samples": samples,
+        "samples": samples | {"arm": analysis.arm},
         **({"models": {"columns": report_models.PAIR_COLUMNS, "rows": report_models.pair_rows(analysis.comparison)}} if analysis.has_models else {}),
     }
     return environment.get_template(TEMPLATE).render(

@@ -37,28 +37,31 @@ def _number(count: int, noun: str) -> str:
 
 
 def _trend_sentence(facts: Facts, key: Key, name: str, expected: str, trends: Sequence[Trend], adjusted: Mapping[tuple[Key, str], float | None]) -> str:
-    if not trends:
-        return ""
-    sides: dict[str, list[Trend]] = {FALLS: [], RISES: [], "": []}
+    sides: dict[str, list[str]] = {FALLS: [], RISES: [], "": []}
     for trend in trends:
         p = adjusted[key, trend.architecture]
-        sides["" if p is None or p >= SIGNIFICANT else FALLS if trend.slope.value < 0 else RISES].append(trend)
-    other = FALLS if expected == RISES else RISES
-    how = "with the level" if max(len(trend.levels) for trend in trends) > 2 else "between two levels"
-    if len(sides[""]) == len(trends):
-        text = f"{name}: whether it {expected} {how} is not decidable in any of {_number(len(trends), 'architecture')} ({_basis(trends)})"
+        sides["" if p is None or p >= SIGNIFICANT else FALLS if trend.slope.value < 0 else RISES].append(trend.architecture)
+    measured = [trend for trend in trends if len(trend.levels) > 1]
+    if not measured:
+        return ""
+    everywhere, other = facts.architectures(facts.main_arm), FALLS if expected == RISES else RISES
+    unknown = [architecture for architecture in everywhere if architecture not in sides[FALLS] + sides[RISES]]
+    how = "with the level" if max(len(trend.levels) for trend in measured) > 2 else "between two levels"
+    count = f"{_number(len(everywhere), 'architecture')} ({_basis(measured)})"
+    if len(unknown) == len(everywhere):
+        text = f"{name}: whether it {expected} {how} is not decidable in any of {count}"
     else:
-        text = f"{name} {expected} {how} in {len(sides[expected])} of {_number(len(trends), 'architecture')} ({_basis(trends)})"
-    slopes = [f"{trend.architecture} {bracket(trend.slope.value, trend.slope.low, trend.slope.high, '+')}" for trend in trends if trend.slope.value is not None]
+        text = f"{name} {expected} {how} in {len(sides[expected])} of {count}"
+    slopes = [f"{trend.architecture} {bracket(trend.slope.value, trend.slope.low, trend.slope.high, '+')}" for trend in measured if trend.slope.value is not None]
     text += f"; slope per unit of level{_unit(facts, key)}: {', '.join(slopes)}." if slopes else "."
     if sides[other]:
-        text += f" It {other} in {_names(sides[other])}."
-    if 0 < len(sides[""]) < len(trends):
-        text += f" Not decidable in {_names(sides[''])}."
-    if any(trend.seeds == 1 for trend in trends):
+        text += f" It {other} in {', '.join(sides[other])}."
+    if 0 < len(unknown) < len(everywhere):
+        text += f" Not decidable in {', '.join(unknown)}."
+    if any(trend.seeds == 1 for trend in measured):
         text += " With one seed, intervals are over prompts only and decide nothing about training."
     bent = [f"{trend.architecture} ({', '.join(map(str, trend.reversals))}{', within noise' * ('within' in trend.shape)})"
-            for trend in trends if trend.monotone is False]  # fmt: skip
+            for trend in measured if trend.monotone is False]  # fmt: skip
     return text + (f" The means turn back in {'; '.join(bent)}." if bent else "")
 
 
@@ -73,10 +76,6 @@ def _basis(trends: Sequence[Trend]) -> str:
 def _unit(facts: Facts, key: Key) -> str:
     unit = next((row["unit"] for (found, _), row in facts.rows.items() if found == key and row["unit"] not in (None, "", "-", "share")), None)
     return f" in {unit}" if unit else ""
-
-
-def _names(trends: Sequence[Trend]) -> str:
-    return ", ".join(trend.architecture for trend in trends)
 
 
 def _arm_sentence(facts: Facts, arms: Sequence[dict[str, Any]]) -> str:

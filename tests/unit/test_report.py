@@ -156,6 +156,7 @@ def test_the_page_of_an_arm_with_more_levels_than_feedback(tmp_path):
     figures = pd.read_csv(page.parent / "tables" / "predictions.csv").set_index("id")
     assert set(figures.arm) == {"feedback"} and set(figures.outcome) == {"not decidable"}
     assert "llama, arm feedback: not decidable: level 1: no value" in figures.loc["P3", "figures"]
+    assert json.loads(Page(page.read_text(encoding="utf-8")).scripts["data-samples"])["arm"] == "feedback"  # what the samples show first
 
 
 def test_figures_are_saved_and_embedded(page, parsed):

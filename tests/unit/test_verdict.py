@@ -247,6 +247,11 @@ def test_sentences_where_nothing_is_decided():
     assert "in 0 of 1 architecture" in text and "It rises in a." in text
 
 
+def test_sentences_count_architectures_that_were_not_measured():
+    text = sentences.sentences(make_facts({ENTROPY: {"a": FALLING, "b": [4.0, None, None, None, None]}}), [], [])[0]
+    assert "falls with the level in 1 of 2 architectures (arm feedback, 5 levels, 3 seeds)" in text and "Not decidable in b." in text
+
+
 def test_sentences_say_where_the_means_turn_back():
     text = sentences.sentences(make_facts({ENTROPY: {"a": BENT}}), [], [])[0]
     assert "The means turn back in a (0.25 to 0.5: +0.49 [" in text and "within noise" not in text
