@@ -13,6 +13,7 @@ from scipy import stats
 from .aggregate import Group
 from .contrasts import Estimate, difference_estimate, holm, slope_estimate
 from .report_cells import Cell, Key
+from .spread import too_large
 from .trend_test import page_test
 
 FALLS, RISES, FLAT = "falls", "rises", "flat"
@@ -122,6 +123,9 @@ def trend(architecture: str, arm: str, key: Key, groups: Mapping[Group, Sequence
     notes += [f"no value at level {level:g}" for level in listed if level not in curve]
     if len(curve) < 2:
         found.note = "; ".join(["not measured at two levels", *notes])
+        return found
+    if too_large(*[cell.value(key) for members in curve.values() for cell in members]):
+        found.note = "; ".join(["too large to square: no trend", *notes])
         return found
     _describe(found, curve)
     complete, left_out = _complete(curve)

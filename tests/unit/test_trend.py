@@ -169,6 +169,14 @@ def test_a_value_that_is_no_number_is_none():
     assert found.seeds == 2 and "seed 2 left out" in found.note
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_figures_of_any_size():
+    found = trend_of({0.0: 1.7e308, 0.5: -1.7e308, 1.0: 1e307}, noise=0.0, units=1)
+    assert found.shape == "not decidable" and "too large" in found.note and found.to_dict()["slope"] is None
+    found = trend_of({0.0: 1e-320, 0.5: 0.0, 1.0: -1e-320}, noise=0.0, units=1)
+    assert found.direction in ("falls", "flat") and found.slope.low is None
+
+
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(-5, 5)), min_size=3, max_size=20))
 @settings(max_examples=60, deadline=None)
 def test_spearman_agrees_with_scipy(points):
