@@ -85,14 +85,14 @@ def spread(value: float) -> str:
     return f"{value if abs(value) > 1e-12 else 0:.2g}"
 
 
-TREND_COLUMNS = ["metric", "where", "arm", "architecture", "levels", "seeds", "slope", "low", "high", "p", "adjusted p", "shape of the means",
-                 "turns back", "rho", "slope per seed", "test", "family", "note"]  # fmt: skip
+TREND_COLUMNS = ["metric", "where", "arm", "architecture", "levels", "seeds", "slope", "low", "high", "p", "adjusted p", "comparisons", "shape of the means",
+                 "turns back", "rho", "slope per seed", "test", "note"]  # fmt: skip
 
 
 def trend_row(item: Trend) -> list[Any]:
     return [item.key.metric, item.key.where, item.arm, item.architecture, len(item.levels), item.seeds, item.slope.value, item.slope.low,
-            item.slope.high, item.p, item.p_adjusted, item.shape, "; ".join(map(str, item.reversals)), item.rho,
-            " ".join(f"{value:.4g}" for value in item.slopes.values()), item.method, item.family, item.note]  # fmt: skip
+            item.slope.high, item.p, item.p_adjusted, item.comparisons, item.shape, "; ".join(map(str, item.reversals)), item.rho,
+            " ".join(f"{value:.4g}" for value in item.slopes.values()), item.method, item.note]  # fmt: skip
 
 
 def settings_rows(evaluation: Evaluation) -> list[tuple[str, str]]:

@@ -52,7 +52,8 @@ class Trend:
         rho: Spearman's of (level, value) over all cells. It describes, it decides nothing.
         separated: whether every cell of a level lies beyond every cell of the level below; None with one seed.
         slope: least-squares slope of the value on the level, mean over seeds; `slopes`: each seed's.
-        p, method: two-sided test of a trend within seeds. p_adjusted, slope_p_adjusted: by Holm, within `family`.
+        p, method: two-sided test of a trend within seeds. p_adjusted, slope_p_adjusted: by Holm, within
+            the `comparisons` of `family`.
         direction: of the means, by their slope: "falls", "rises" or "flat".
         monotone: whether the means never turn back; `reversals` are the places where they do.
     """
@@ -71,6 +72,7 @@ class Trend:
     p_adjusted: float | None = None
     slope_p_adjusted: float | None = None
     family: str = ""
+    comparisons: int = 0
     direction: str = FLAT
     monotone: bool | None = None
     reversals: list[Reversal] = field(default_factory=list)
@@ -105,7 +107,7 @@ class Trend:
             "seeds": self.seeds, "slope": self.slope.value, "slope_low": self.slope.low, "slope_high": self.slope.high,
             "slope_p": self.slope_p, "slope_p_adjusted": self.slope_p_adjusted,
             "slopes": "; ".join(f"seed {seed}: {value:.4g}" for seed, value in self.slopes.items()),
-            "p": self.p, "p_adjusted": self.p_adjusted, "family": self.family, "method": self.method, "rho": self.rho,
+            "p": self.p, "p_adjusted": self.p_adjusted, "family": self.family, "comparisons": self.comparisons, "method": self.method, "rho": self.rho,
             "separated": self.separated, "direction": self.direction, "monotone": self.monotone, "shape": self.shape,
             "reversals": "; ".join(map(str, self.reversals)), "note": self.note,
         }  # fmt: skip
@@ -218,4 +220,4 @@ def adjust(trends: Sequence[Trend], family_of: Callable[[Key], str]) -> None:
         tested, slopes = holm([item.p for item in members]), holm([item.slope_p for item in members])
         count = sum(p is not None for p in tested)
         for item, p, slope_p in zip(members, tested, slopes, strict=True):
-            item.p_adjusted, item.slope_p_adjusted, item.family = p, slope_p, f"{name}: {count} comparison{'' if count == 1 else 's'}"
+            item.p_adjusted, item.slope_p_adjusted, item.family, item.comparisons = p, slope_p, name, count
