@@ -246,21 +246,30 @@ def _extra_axes(cell: Cell) -> dict[str, str]:
 
 
 def _leave_out_twins(found: Evaluation) -> None:
-    """Of two cells with one id, or one place in the sweep, the later by folder name goes: they would be counted as two."""
+    """Of two cells with one id, or one model with one place in the sweep, the later by folder name goes: they would count as two.
+
+    Two models with one place (say, runs that differ in what a level does not say) are no twins: the later is an arm of its own.
+    """
     seen: dict[Any, Cell] = {}
     kept = []
     for cell in found.cells:  # by folder name
-        place = (cell.arm, cell.level, cell.architecture, cell.seed) if cell.meta.get("run") else None
+        place = (cell.arm, cell.level, cell.architecture, cell.seed)
+        what = f"place in the sweep (arm, level, architecture, seed), {place}"
         named = {("id", cell.id): f"id, {cell.id}"}
-        if place is not None:
-            named["place", place] = f"place in the sweep (arm, level, architecture, seed), {place}"
+        if cell.meta.get("run"):
+            named["model", place, str(cell.meta.get("model_fingerprint"))] = what
         twin = next((key for key in named if key in seen), None)
-        if twin is None:
-            seen |= dict.fromkeys(named, cell)
-            kept.append(cell)
+        if twin is not None:
+            found.incomplete.append(Incomplete(cell.folder.name, f"it has the {named[twin]}, of cell {seen[twin].folder.name}; take one "
+                                                                 f"of the two out of {cell.folder.parent}"))  # fmt: skip
             continue
-        found.incomplete.append(Incomplete(cell.folder.name, f"it has the {named[twin]}, of cell {seen[twin].folder.name}; take one "
-                                                             f"of the two out of {cell.folder.parent}"))  # fmt: skip
+        if len(named) > 1 and place in seen:
+            found.problems.append(f"cells {seen[place].folder.name} and {cell.folder.name} have one {what}, but are two models: the second "
+                                  "is an arm of its own")  # fmt: skip
+            cell.arm += f", cell {cell.folder.name}"
+        seen |= dict.fromkeys(named, cell)
+        seen.setdefault(place, cell)
+        kept.append(cell)
     found.cells = kept
 
 

@@ -7,6 +7,7 @@ from .report_cells import Key
 from .report_drawing import MUTED, Layout, Picture, grid, legend, narrow, picture, series_of, set_title, shortened
 
 LINE = 0.19  # inches
+WIDE_INCHES = 11.75  # the page's own width
 DASHES = (":", "-.", "--")
 
 
@@ -52,7 +53,9 @@ def forest(name: str, caption: str, panels: Sequence[Panel], names: Sequence[str
         legend(figure, {label: handles[label] for label in labels})
         return figure
 
-    return picture(name, caption, draw, Layout(min(columns, len(panels)), (2.6, height), left=left, gap=0.35),
+    columns = min(columns, len(panels))
+    width = min(2.6, (WIDE_INCHES - left - 0.18 - (columns - 1) * 0.35) / columns)
+    return picture(name, caption, draw, Layout(columns, (width, height), left=left, gap=0.35),
                    narrow(1, height + 0.14, left=min(left, 1.85)))  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def test_filter_and_sort(page):
     assert value.get_attribute("aria-sort") == "descending"
     page.fill("#results-filter", "no such measure")
     assert rows.count() == 0
-    page.fill("#trends-filter", "mtld sample")
+    page.fill("#trends-filter", "mtld greedy")
     assert page.locator("#trends-table tbody tr").count() == 2
 
 
@@ -125,13 +125,43 @@ def look(browser, path, width, dark=False):
     return page, page.evaluate(TEXT_SIZES)
 
 
-@pytest.mark.parametrize(("width", "smallest", "dark"), [(390, 10.0, True), (390, 10.0, False), (1400, 8.5, False)])
+@pytest.mark.parametrize(("width", "smallest", "dark"), [(390, 10.0, True), (390, 10.0, False), (1400, 9.5, False)])
 def test_figures_are_legible_on_a_phone_and_on_a_desk(browser, path, width, smallest, dark):
     page, sizes = look(browser, path, width, dark)
     assert len(sizes) >= 6 and min(sizes) >= smallest
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ("rgb(22, 24, 27)" if dark else "rgb(255, 255, 255)")
     first = page.locator("#results-table tbody tr td:first-child").first
     assert (first.evaluate("cell => getComputedStyle(cell).position") == "sticky") == (width == 390), "a row says which it is while it scrolls"
+    page.close()
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one model", "three models"])
+def models_path(request, tmp_path_factory):
+    """Models that no run of ours made; the last has prompts of its own."""
+    folder = tmp_path_factory.mktemp("evals") / "models"
+    for place, name in enumerate(("one", "two", "a-third-model-of-a-long-name-0123abcd")[: request.param]):
+        report_data.write_cell(folder, name, None, None, 0.3 * place, None, 6, None, ("sample",), 0)
+    if request.param > 1:
+        prompts = folder / "cells" / name / "prompts.jsonl"
+        prompts.write_text(prompts.read_text().replace("It was", "A different prompt"))
+    return report.write_report(folder), request.param
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1400, True)])
+def test_models_without_levels(browser, models_path, width, dark):
+    path, count = models_path
+    page, sizes = look(browser, path, width, dark)
+    assert len(sizes) == 1 and min(sizes) >= (10.0 if width == 390 else 9.5)
+    assert page.locator("#headline + .wide thead th").count() == count + 3
+    assert page.locator("#models-table tbody tr").count() == (0 if count == 1 else 3 * 7)
+    if count > 1:
+        page.fill("#models-filter", "bits_per_byte two")
+        assert page.locator("#models-table tbody tr").count() == 2
+    titles = page.locator("#samples-view .card header span:first-child").all_inner_texts()
+    assert titles == (["human text", "one"] if count == 1 else ["human text", "human text", "a-third-model-of-a-long-name", "one", "two"])
+    own = page.locator("#samples-view .own-prompt").all_inner_texts()
+    assert own == ([] if count == 1 else [f"Prompt 0: {text}" for text in ("A different prompt", "It was", "A different prompt", "It was", "It was")])
+    assert page.locator("#samples-view .prompt").count() == (count == 1)
     page.close()
 
 

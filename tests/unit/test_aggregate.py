@@ -218,6 +218,17 @@ def test_of_two_cells_of_one_name_the_later_is_left_out_and_named(folder):
     assert "it has the place in the sweep (arm, level, architecture, seed)" in found.incomplete[0].reason
 
 
+def test_two_models_with_one_place_in_the_sweep_are_two(folder):
+    """Runs that differ in their learning rate alone have one level, architecture and seed: to compare them is why they were evaluated."""
+    shutil.copytree(folder / "cells" / "gpt2-feedback-1-0", folder / "cells" / "zweite")
+    for name in ("gpt2-feedback-1-0", "zweite"):
+        path = folder / "cells" / name / "cell.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "id": name, "model_fingerprint": f"of {name}"}))
+    found = read_evaluation(folder)
+    assert found.incomplete == [] and {cell.id: cell.arm for cell in found.cells}["zweite"] == "feedback, cell zweite"
+    assert any("have one place in the sweep" in problem and "two models" in problem for problem in found.problems)
+
+
 def test_another_axis_makes_an_arm_of_its_own(folder):
     path = folder / "cells" / "gpt2-feedback-1-0"
     meta = json.loads((path / "cell.json").read_text())
