@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ds_stability.eval.metrics.layout import Layout
 from ds_stability.eval.metrics.neighbours import inner, measure_neighbours, tf_idf, vendi_score
 from ds_stability.eval.metrics.ngrams import Corpus
+from ds_stability.eval.metrics.score_samples import score_samples
 from ds_stability.eval.records import Sample, ScoringContext
 
 TEXTS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=8), min_size=1, max_size=6)
@@ -101,6 +102,18 @@ def test_vendi_of_equal_texts_is_1_and_of_groups_their_number():
         texts = kinds[rng.permutation(np.repeat(np.arange(groups), 5))].tolist()
         assert measured(texts)["vendi_score"].value == pytest.approx(groups, rel=1e-9)
     assert vendi_score(np.ones((1, 1))) == 1.0
+
+
+def test_equal_samples_of_a_prompt_lower_vendi_where_distinct_n_does_not_see_them():
+    """Groups of distinct-n hold one sample each of neighboring prompts (docs/evaluation.md)."""
+    ids = Source().texts(0, 128).reshape(32, 4, -1)
+    rows = []
+    for texts in (ids, np.repeat(ids[:, :1], 4, axis=1)):
+        samples = [Sample(p, "sample", s, 0, texts[p, s].tolist(), "", "length") for p in range(32) for s in range(4)]
+        rows.append({row.metric: row.value for row in score_samples(samples, ScoringContext(Source.types), ("distinct_2", "self_bleu_4", "vendi_score"))})
+    assert rows[1]["distinct_2"] == pytest.approx(rows[0]["distinct_2"], abs=0.02)
+    assert rows[1]["vendi_score"] < 32 < 100 < rows[0]["vendi_score"]
+    assert rows[0]["self_bleu_4"] < 0.5 and rows[1]["self_bleu_4"] == pytest.approx(1.0)
 
 
 def test_a_gram_does_not_span_a_special_token_or_two_texts():
