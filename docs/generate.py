@@ -107,7 +107,16 @@ def _flag_row(field: dataclasses.Field) -> tuple[str, str, str]:
     return f"`--{field.name}`", shown, field.metadata["help"]
 
 
-TABLES = {"config": config_table, "levels": level_table, "tags": tag_table, "flags": flag_table}
+def direction_table() -> str:
+    """Which way each metric of an evaluation is better, and what models must share to be compared by it."""
+    from ds_stability.eval.measures import MEASURES, NEEDS
+
+    rows = [(f"`{name}...`" if name.endswith("_") else f"`{name}`", measure.best or "none", measure.reason,
+             ", ".join(NEEDS[need] for need in measure.needs)) for name, measure in MEASURES.items()]  # fmt: skip
+    return table(("metric", "best", "why", "only between models of one"), rows)
+
+
+TABLES = {"config": config_table, "levels": level_table, "tags": tag_table, "flags": flag_table, "directions": direction_table}
 
 
 def filled(text: str) -> str:

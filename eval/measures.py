@@ -1,6 +1,6 @@
 """How each metric compares models: which way is better, and between what kind of models it means anything.
 
-The reasons stand in docs/evaluation.md, which is made from this table. A metric without a direction is shown and compared, and
+docs/reference.md has this table. A metric without a direction is shown and compared, and
 no model is marked as the best in it.
 """
 
@@ -11,6 +11,9 @@ from .report_cells import Key
 
 LOWER, HIGHER, HUMAN, ZERO = "lower", "higher", "as human text", "near 0"
 TOKENS, SET, TRAIN = "tokens", "set", "train"  # what two models must share besides their text: tokenizer, high-frequency set, training text
+
+
+NEEDS = {TOKENS: "tokenizer", SET: "high-frequency set", TRAIN: "training text"}
 
 
 class Measure(NamedTuple):

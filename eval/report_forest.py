@@ -37,8 +37,9 @@ def forest(name: str, caption: str, panels: Sequence[Panel], names: Sequence[str
         figure, axes = grid(len(panels), layout, labels)
         handles: dict[str, Any] = {}
         for place, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
-            for number, (label, value) in enumerate(panel.lines.items()):
-                handles[label] = axis.axvline(value, color=MUTED, linewidth=0.9, linestyle=DASHES[number % 3] if label else "-")
+            for label, value in panel.lines.items():
+                style = DASHES[labels.index(label) % len(DASHES)] if label else "-"
+                handles[label] = axis.axvline(value, color=MUTED, linewidth=0.9, linestyle=style)
             _draw_points(axis, panel.points, [colors[kind] for kind in kinds])
             set_title(axis, panel.title)
             first = place % min(layout.columns, len(panels)) == 0
