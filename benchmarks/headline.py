@@ -179,7 +179,7 @@ def predictions_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]
     return ["", "prediction", "outcome", "figures"], rows
 
 
-TRENDS = ("Slope per unit of level, mean over seeds with its 95 % interval; a test for a trend within seeds (Page's L, exact, two-sided), its "
+TRENDS = ("Slope per unit of level, mean over seeds with its 95 % interval, and of each seed; a test for a trend within seeds (Page's L, exact, two-sided), its "
           "p adjusted for all figures and architectures of one family (Holm); Spearman's rho over all runs as a description:")  # fmt: skip
 
 
@@ -191,10 +191,11 @@ def trends_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         label = labels[Key(trend["metric"], trend["decoding"], trend["split"])]
         if label in DOSE_COLUMNS and trend["rho"] is not None:
             slope = "-" if trend["slope"] is None else bracket(trend["slope"], trend["slope_low"], trend["slope_high"], "+")
-            rows.append([label, trend["architecture"], slope, _p(trend["p"]), _p(trend["p_adjusted"]),
+            by_seed = ", ".join(part.rsplit(": ", 1)[1] for part in trend["slopes"].split("; ") if part).replace("-", MINUS)
+            rows.append([label, trend["architecture"], slope, by_seed or "-", _p(trend["p"]), _p(trend["p_adjusted"]),
                          f"{trend['rho']:.2f}".replace("-", MINUS), trend["shape"], trend["reversals"] or "-"])  # fmt: skip
     rows.sort(key=lambda row: DOSE_COLUMNS.index(row[0]))
-    return ["figure", "architecture", "slope", "p (trend)", "adjusted p", "rho", "shape of the means", "turns back"], rows
+    return ["figure", "architecture", "slope", "of each seed", "p (trend)", "adjusted p", "rho", "shape of the means", "turns back"], rows
 
 
 def former_trends_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -163,4 +163,4 @@ def bracket(value: float | None, low: float | None, high: float | None, sign: st
 
 
 def p_text(value: float | None) -> str:
-    return "no p" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+    return "no p" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.9995 else "p = 1"

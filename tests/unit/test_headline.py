@@ -70,6 +70,9 @@ def test_tables_of_the_page(written, result):
     row = next(row for row in result["rows"] if (row["architecture"], row["arm"], row["level"]) == ("llama", "feedback", 1.0))
     assert f"| 1 | {headline.interval(row['figures']['entropy'])} |" in text
     assert "3 runs, median 50 s, 30 to 100 s" in text and result["sentences"][0] in text and "P3" in text
+    trend = next(item for item in result["trends"] if (item["architecture"], item["metric"]) == ("llama", "predictive_entropy"))
+    line = next(line for line in text.splitlines() if line.startswith("| entropy | llama |"))
+    assert f"| {trend['slope']:.2f} [".replace("-", "\N{MINUS SIGN}") in line and line.split("|")[4].count(",") == 2 and "complete separation" in line
     arms = render.section("arms", written / "results")
     assert "| permuted |" in arms and "| clipping |" in arms
     for name in ("headline", "arms"):
