@@ -17,6 +17,7 @@ from .report_cells import Cell, Key
 from .spread import (
     ALPHA,
     CLOPPER_PEARSON,
+    ROUNDING,
     TOO_LARGE,
     Spread,
     half_width,
@@ -206,6 +207,8 @@ def _independent(sides: Sequence[tuple[float, Sequence[Cell]]], key: Key, why: s
 
 def _finished(found: Estimate, bounds: Bounds, error: float, notes: Sequence[str], tested: bool) -> Estimate:
     low, high = bounds(ALPHA)
+    if not high - low > ROUNDING * abs(found.value):  # a side that is large and constant beside one that varies a little
+        return replace(found, note=_joined("varies by less than rounding: no interval", *notes))
     return replace(found, stderr=error or interval_error(low, high), low=low, high=high, p=_touching(found.value, bounds) if tested else None, note=_joined(*notes))
 
 
