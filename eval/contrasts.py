@@ -31,7 +31,8 @@ from .spread import (
     weighted,
 )
 
-SMALLEST_P = 1e-12  # stated instead of smaller ones
+AT_ZERO = 1e-9  # of the value: an end of an interval so close to 0 is at 0
+SMALLEST_P, LARGEST_P = 1e-12, 0.999  # smaller ones are stated as the first, larger ones as 1
 ALONE = "one seed and one unit: no interval"
 Bounds = Callable[[float], tuple[float, float]]  # of an interval, by its alpha
 Term = tuple[float, Cell]
@@ -206,7 +207,7 @@ def _independent(sides: Sequence[tuple[float, Sequence[Cell]]], key: Key, why: s
 
 
 def _finished(found: Estimate, bounds: Bounds, error: float, notes: Sequence[str], tested: bool) -> Estimate:
-    low, high = bounds(ALPHA)
+    low, high = (0.0 if abs(end) <= AT_ZERO * abs(found.value) else end for end in bounds(ALPHA))
     if not high - low > ROUNDING * abs(found.value):  # a side that is large and constant beside one that varies a little
         return replace(found, note=_joined("varies by less than rounding: no interval", *notes))
     return replace(found, stderr=error or interval_error(low, high), low=low, high=high, p=_touching(found.value, bounds) if tested else None, note=_joined(*notes))
@@ -225,13 +226,13 @@ def _touching(value: float, bounds: Bounds) -> float:
 
     def distance(log_alpha: float) -> float:
         low, high = bounds(exp(log_alpha))
-        return (low if value > 0 else -high) - 1e-9 * abs(value)  # bounds of a share can stay at 0 whatever alpha is
+        return (low if value > 0 else -high) - AT_ZERO * abs(value)  # bounds of a share can stay at 0 whatever alpha is
 
-    if value == 0.0 or distance(0.0) <= 0:
+    if value == 0.0 or distance(log(LARGEST_P)) <= 0:
         return 1.0
     if distance(log(SMALLEST_P)) >= 0:
         return SMALLEST_P
-    return exp(optimize.brentq(distance, log(SMALLEST_P), 0.0, xtol=1e-6))
+    return exp(optimize.brentq(distance, log(SMALLEST_P), log(LARGEST_P), xtol=1e-6))
 
 
 def _by_seed(sides: Sequence[tuple[float, Sequence[Cell]]]) -> tuple[list[list[Term]], list[int | None]]:
