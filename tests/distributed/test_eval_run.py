@@ -137,10 +137,12 @@ def test_several_models_then_nothing_left_to_do(place, undisturbed, capsys):
     assert results(output) == undisturbed
     assert results(output, "second")["samples.jsonl"] != undisturbed["samples.jsonl"]
     capsys.readouterr()
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    cells = output / "cells"
+    before = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
     eval_run.main(command)
-    assert capsys.readouterr().err.count("is done already") == 2
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
+    out, err = capsys.readouterr()
+    assert err.count("is done already") == 2 and f"page: {output}/report/index.html" in out and "bits per byte, held-out" in out
+    assert {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()} == before, "the page alone is made again"
     for changed, part in ((["--seeds", "1"], "another seeds"), (["--dtype", "bfloat16"], "another suite"),
                           (["--text_from", str(output)], "not the folder of a run")):  # fmt: skip
         with pytest.raises(UserError, match=part):
