@@ -4,8 +4,8 @@
 
 Reads what `ds-stability eval --suite pretrained` (or full) wrote of models trained at several levels. Three kinds of skills: choosing
 between given answers (minimal pairs by family, facts, cloze), writing a short answer (exact match, by kind), and writing text.
-A skill falls where its difference to level 0, paired by unit, has a 95 % interval wholly on the worse side. Writes
-OUTPUT/downstream.json.
+A skill falls where its difference to level 0, paired by unit, lies on the worse side with a p below 0.05, adjusted by Holm's method
+for all skills at all levels. Writes OUTPUT/downstream.json.
 """
 
 import argparse
@@ -20,8 +20,10 @@ import numpy as np
 
 from ds_stability.errors import UserError
 from ds_stability.eval.aggregate import group_rows, groups_of
+from ds_stability.eval.contrasts import holm
 from ds_stability.eval.records import Measured
 from ds_stability.eval.report_cells import Cell, Key, read_evaluation
+from ds_stability.eval.spread import ALPHA
 from ds_stability.run_dir import write_json_atomic
 
 CHOOSING, ANSWERING, WRITING = "choosing between given answers", "a short answer, sampled", "running text"
@@ -84,10 +86,18 @@ def skill_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     groups, rows = groups_of(cells), []
     for skill in SKILLS:
         found = group_rows(groups, skill.key)
-        figures = [{"level": row["level"], **{name: row[name] for name in headline.FIGURES}, "falls": falls(row, skill.better)} for row in found]
+        figures = [{"level": row["level"], **{name: row[name] for name in headline.FIGURES}} for row in found]
         if any(figure["value"] is not None for figure in figures):
             rows.append({"kind": skill.kind, "skill": skill.name, "better": skill.better, "chance": skill.chance, "figures": figures})
+    mark_falls(rows)
     return rows
+
+
+def mark_falls(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write into every figure whether it falls against level 0: None for level 0 itself, and without an interval."""
+    figures = [(figure, row["better"]) for row in rows for figure in row["figures"]]
+    for (figure, better), p in zip(figures, holm([figure["difference_p"] for figure, _ in figures]), strict=True):
+        figure["adjusted_p"], figure["falls"] = p, None if p is None else p < ALPHA and figure["difference"] * better < 0
 
 
 def pool(cell: Cell, family: str, beginnings: Sequence[str]) -> None:
@@ -101,14 +111,6 @@ def pool(cell: Cell, family: str, beginnings: Sequence[str]) -> None:
     key = Key(f"pairs {family}")
     measured = Measured(key.metric, units, np.concatenate([part.totals for part in parts]), np.concatenate([part.counts for part in parts]))
     cell.measured[key], cell.rows[key] = measured, {"metric": key.metric, "value": measured.value, "n": len(units), "unit": "share"}
-
-
-def falls(row: Mapping[str, Any], better: int) -> bool | None:
-    """Whether the difference to level 0 is a loss beyond its interval; None for level 0 itself, and without an interval."""
-    low, high = row["difference_low"], row["difference_high"]
-    if low is None or high is None:
-        return None
-    return high < 0 if better > 0 else low > 0
 
 
 def skills_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -20,7 +20,7 @@ def cell(level, right):
     measured = {
         Key("minimal_pairs_npi_ever"): Measured("minimal_pairs_npi_ever", range(40), [1.0] * 40, [1.0] * 40),
         Key("minimal_pairs_npi_any"): Measured("minimal_pairs_npi_any", range(20), [right] * 20, [1.0] * 20),
-        Key("bits_per_byte", None, "held_out"): Measured("bits_per_byte", range(30), [1.0 + level + 0.01 * i for i in range(30)], [1.0] * 30),
+        Key("bits_per_byte", None, "held_out"): Measured("bits_per_byte", range(30), [1.0 + level + 0.01 * i * (1 + level) for i in range(30)], [1.0] * 30),
     }
     rows = {key: {"metric": key.metric, "split": key.split, "value": item.value, "n": len(item.units)} for key, item in measured.items()}
     return Cell(f"level-{level}", Path("."), {"suite": {"name": "x"}, "seconds": {}}, rows, measured, "llama", "feedback", level, 0)
@@ -38,7 +38,7 @@ def test_pairs_are_pooled_and_losses_are_marked():
     assert polarity[0.9]["value"] == pytest.approx(40 / 60) and polarity[0.9]["falls"] is True
     assert "minimal pairs: agreement" not in rows  # nothing was measured
     bits = {figure["level"]: figure for figure in rows["bits per byte, held-out"]["figures"]}
-    assert bits[0.9]["falls"] is True and bits[0.9]["difference"] == pytest.approx(0.9)  # less is better
+    assert bits[0.9]["falls"] is True and bits[0.9]["difference"] == pytest.approx(0.9 * (1 + 0.01 * 14.5))  # less is better
 
 
 def test_what_did_not_fall_is_not_marked():
