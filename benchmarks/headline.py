@@ -198,19 +198,6 @@ def trends_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["figure", "architecture", "slope", "of each seed", "p (trend)", "adjusted p", "rho", "shape of the means", "turns back"], rows
 
 
-def former_trends_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Of results made before 2026-12-01: goes with the last of them."""
-    labels = {key: label for label, key in COLUMNS.items()}
-    rows = []
-    for trend in result["trends"]:
-        label = labels[Key(trend["metric"], trend["decoding"], trend["split"])]
-        if label in DOSE_COLUMNS and trend["rho"] is not None:
-            rows.append([label, trend["architecture"], bracket(trend["rho"], trend["rho_low"], trend["rho_high"]), _p(trend["p"]),
-                         trend["shape"], trend["reversals"] or "-"])  # fmt: skip
-    rows.sort(key=lambda row: DOSE_COLUMNS.index(row[0]))
-    return ["figure", "architecture", "rho", "p (trend)", "shape", "turns back"], rows
-
-
 def _p(value: float | None) -> str:
     return "-" if value is None else f"{value:.1g}"
 

@@ -135,15 +135,9 @@ def headline_section(result: dict[str, Any]) -> str:
         common.markdown_table(*headline.predictions_table(result)),
         "![Dose-response of the headline measures in three architectures](figures/headline.png)",
         *(f"{architecture}:\n\n{common.markdown_table(*table)}" for architecture, table in headline.dose_tables(result).items()),
-        *_trends(result),
+        headline.TRENDS,
+        common.markdown_table(*headline.trends_table(result)),
     ])  # fmt: skip
-
-
-def _trends(result: dict[str, Any]) -> list[str]:
-    if any("rho_low" in trend for trend in result["trends"]):
-        return ["Rank correlation with the level, and a test for a trend (Jonckheere-Terpstra, two-sided, cells as units):",
-                common.markdown_table(*headline.former_trends_table(result))]  # fmt: skip
-    return [headline.TRENDS, common.markdown_table(*headline.trends_table(result))]
 
 
 def _revision(name: str, result: dict[str, Any]) -> str:
