@@ -80,6 +80,8 @@ def baseline_of(group: Group, groups: Sequence[Group], level: float, arm: str | 
 def group_rows(groups: dict[Group, list[Cell]], key: Key, baseline_level: float = 0.0) -> list[dict[str, Any]]:
     """One row per group of one figure: value over seeds with its interval, and the difference to the baseline with its own.
 
+    `units`: that the seeds share, over which the interval is taken; `n`: what was counted, in all cells together.
+
     `note` says why there is no interval, what was left out, and after "difference:" the same of the difference.
     """
     # The dose-response's arm is that of the sweep, also for a figure that it lacks.
@@ -90,7 +92,7 @@ def group_rows(groups: dict[Group, list[Cell]], key: Key, baseline_level: float 
             continue
         found = group_estimate(cells, key)
         row: dict[str, Any] = {**group._asdict(), **key._asdict(), "seeds": found.seeds, "value": found.value}
-        row |= {"ci_low": found.low, "ci_high": found.high, "stderr": found.stderr, **_counts(cells, key)}
+        row |= {"ci_low": found.low, "ci_high": found.high, "stderr": found.stderr, **_counts(cells, key), "units": found.units or None}
         row |= {"values": {str(cell.seed): cell.value(key) for cell in cells},
                 "unit": next((cell.rows[key].get("unit") for cell in cells if key in cell.rows), None)}  # fmt: skip
         notes = [found.note, *(str(cell.rows[key]["note"]) for cell in cells if cell.rows.get(key, {}).get("note"))]
@@ -107,7 +109,6 @@ def _counts(cells: Sequence[Cell], key: Key) -> dict[str, Any]:
     return {
         "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "n": None if None in counts or not counts else float(sum(counts)),
-        "units": sum(len(cell.measured[key].units) if key in cell.measured else 1 for cell in having) or None,
     }
 
 

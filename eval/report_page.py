@@ -119,9 +119,9 @@ def script_json(value: Any) -> Markup:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity as null; floats to six digits, which is more than any interval supports."""
+    """NaN and infinity as null; floats to ten digits, which tell the ends of every interval apart (spread.ROUNDING)."""
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.10g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -99,9 +99,9 @@ def _arm_sentence(facts: Facts, arms: Sequence[dict[str, Any]]) -> str:
 
 def _room(lines: Sequence[dict[str, Any]]) -> str:
     """How much lower the intervals still allow entropy to be: what was not shown is bounded, not absent."""
-    rows = [line["entropy"] for line in lines if line["entropy"] and line["entropy"]["difference_low"] is not None]
-    if not rows:
-        return ""
+    rows = [line["entropy"] for line in lines]
+    if not all(row and row["difference_low"] is not None and row["difference_seeds"] > 1 for row in rows):
+        return ""  # of one level nothing is known
     low = min(row["difference_low"] for row in rows)
     unit = f" {rows[0]['unit']}" if rows[0]["unit"] else ""
     return f" (by its intervals, entropy {'no lower' if low >= 0 else f'lower by at most {-low:.2g}{unit}'})"

@@ -17,7 +17,7 @@ from scipy import special
 
 ALPHA = 0.05
 MAX_UNITS = 500  # more are summed in runs of neighbors first: the same variance, a bounded cost
-ROUNDING = 1e-12  # of the figures: a smaller spread is none
+ROUNDING = 1e-9  # of the figures, which come from numbers of 24 bits and fewer: a smaller spread is none
 LARGEST = 1e90  # of a figure with an interval: squares of larger ones are no numbers
 TOO_LARGE = "too large to square: no interval"
 CLOPPER_PEARSON = "Clopper-Pearson interval, as of independent answers"

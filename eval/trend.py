@@ -17,6 +17,7 @@ from .spread import too_large
 from .trend_test import page_test
 
 FALLS, RISES, FLAT = "falls", "rises", "flat"
+SIGNIFICANT = 0.05
 MINUS = "\N{MINUS SIGN}"
 ROUNDING = 1e-12  # of the largest value: equal means differ by an ulp when seeds are added in another order
 NO_ESTIMATE = Estimate(None, None, None, None, None, 0, 0, "")
@@ -25,18 +26,23 @@ Curve = Mapping[float, Sequence[Cell]]
 
 @dataclass
 class Reversal:
-    """Neighboring levels between which the mean moves against the trend; interval and seeds are of the paired difference."""
+    """Neighboring levels between which the mean moves against the trend; interval, p and seeds are of the paired difference.
+
+    steps: of the whole curve; each could have turned back, so that p counts so many times (Bonferroni).
+    """
 
     low_level: float
     high_level: float
     difference: float
     ci_low: float | None
     ci_high: float | None
+    p: float | None = None
     seeds: int = 0
+    steps: int = 1
 
     @property
     def beyond_noise(self) -> bool:
-        return self.seeds > 1 and self.ci_low is not None and (self.ci_low > 0 or self.ci_high < 0)
+        return self.seeds > 1 and self.p is not None and self.steps * self.p < SIGNIFICANT
 
     def __str__(self) -> str:
         bounds = f" [{self.ci_low:+.2g}, {self.ci_high:+.2g}]" if self.ci_low is not None else " (no interval)"
@@ -90,12 +96,12 @@ class Trend:
             return "not decidable"
         if self.monotone and self.direction == FLAT:
             return "constant"
-        noise = self.slope.low is not None and bool(self.slope.low <= 0 <= self.slope.high)
-        doubt = ", one seed" if self.seeds == 1 else ", within noise" if noise else ""
+        noise = self.slope.low is None or bool(self.slope.low <= 0 <= self.slope.high)
+        doubt = ", one seed" if self.seeds == 1 else "" if not noise else ", no interval" if self.slope.low is None else ", within noise"
         if len(self.levels) == 2:
             return f"{self.direction} between two levels{doubt}"
         if self.monotone:
-            return "monotone, complete separation" if self.separated else f"monotone{doubt.replace('within', 'slope within')}"
+            return f"monotone{', complete separation' if self.separated else ''}{doubt.replace('within', 'slope within')}"
         if any(turn.beyond_noise for turn in self.reversals):
             return "not monotone"
         return "not monotone, one seed" if any(turn.seeds < 2 for turn in self.reversals) else "not monotone, within noise"
@@ -169,7 +175,7 @@ def _test(found: Trend, complete: Curve) -> list[str]:
         return [found.slope.note, "one seed: no test of a trend"]
     found.p, found.method = page_test(values)
     smallest = 2 / math.factorial(len(complete)) ** found.seeds
-    few = f"{found.seeds} seeds and {len(complete)} levels allow no p below {smallest:.2g}" if smallest >= 0.05 else ""
+    few = f"{found.seeds} seeds and {len(complete)} levels allow no p below {smallest:.2g}" if smallest >= SIGNIFICANT else ""
     return [found.slope.note, few]
 
 
@@ -202,7 +208,7 @@ def _reversal(below: float, above: float, curve: Curve, key: Key, sign: float) -
     apart = difference_estimate(curve[above], curve[below], key)
     if apart.value is None or apart.value * sign >= 0:  # of the seeds that both levels have, the mean does not turn
         return Reversal(below, above, second - first, None, None)
-    return Reversal(below, above, apart.value, apart.low, apart.high, apart.seeds)
+    return Reversal(below, above, apart.value, apart.low, apart.high, apart.p, apart.seeds, len(curve) - 1)
 
 
 def spearman(levels: np.ndarray, values: np.ndarray) -> float | None:

@@ -16,9 +16,8 @@ from .aggregate import Group
 from .contrasts import group_p, holm
 from .predictions import Prediction
 from .report_cells import Cell, Key
-from .trend import FALLS, MINUS, Trend
+from .trend import FALLS, MINUS, SIGNIFICANT, Trend
 
-SIGNIFICANT = 0.05
 MET, NOT_MET, UNDECIDED = "met", "not met", "not decidable"
 ENTROPY = Key("predictive_entropy", None, "held_out")
 HIGH_FREQUENCY = Key("high_frequency_share", "sample", None)
@@ -115,8 +114,10 @@ def _joint(outcomes: Sequence[str]) -> str:
 def _differences(prediction: Prediction, facts: Facts, group: Group) -> list[_Comparison]:
     row = facts.row(prediction.key, *group)
     where = f"level {group.level:g}: "
-    if row is None or row["difference"] is None:
-        return [_Comparison(group.architecture, f"{where}no difference to the baseline")]
+    if row is None or row["value"] is None:
+        return [_Comparison(group.architecture, where + _absent(row))]
+    if row["difference"] is None:
+        return [_Comparison(group.architecture, f"{where}no value at level {facts.baseline_level:g} to compare with")]
     text = where + bracket(row["difference"], row["difference_low"], row["difference_high"], "+")
     if row["difference_p"] is None or row["difference_seeds"] < 2:
         return [_Comparison(group.architecture, f"{text}, {_why_open(row['note'], row['difference_seeds'])}")]
@@ -128,7 +129,7 @@ def _bounds(prediction: Prediction, facts: Facts, group: Group) -> list[_Compari
     row = facts.row(prediction.key, *group)
     where = f"level {group.level:g}: "
     if row is None or row["value"] is None:
-        return [_Comparison(group.architecture, f"{where}no value" + (f" ({row['note']})" if row and row["note"] else ""))]
+        return [_Comparison(group.architecture, where + _absent(row))]
     text, made = where + bracket(row["value"], row["ci_low"], row["ci_high"]), []
     for bound, sign in ((prediction.minimum, 1.0), (prediction.maximum, -1.0)):
         if bound is None:
@@ -140,6 +141,10 @@ def _bounds(prediction: Prediction, facts: Facts, group: Group) -> list[_Compari
         else:
             made.append(_Comparison(group.architecture, against, sign * (row["value"] - bound), p))
     return made
+
+
+def _absent(row: dict[str, Any] | None) -> str:
+    return "no value" + (f" ({row['note']})" if row and row["note"] else "")
 
 
 def _why_open(note: str | None, seeds: int) -> str:
@@ -155,11 +160,12 @@ def bracket(value: float | None, low: float | None, high: float | None, sign: st
     """"2.31 [2.20, 2.44]", or what there is of it."""
     if value is None:
         return "no value"
-    if low is None or high is None:
+    if low is None or high is None or not high > low:
         return f"{value:{sign}.3g} (no interval)".replace("-", MINUS)
-    # Two significant digits of the interval's width: more would be noise.
-    decimals = min(5, max(0, 1 - math.floor(math.log10(high - low)))) if high - low > 1e-12 else 3
-    return f"{value:{sign}.{decimals}f} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]".replace("-", MINUS)
+    # Two significant digits of the interval's width: more would be noise, fewer could show two ends as one.
+    decimals = max(0, 1 - math.floor(math.log10(high - low)))
+    digits = f".{decimals}f" if decimals <= 5 else f".{decimals + 1 + math.floor(math.log10(max(-low, high)))}g"
+    return f"{value:{sign}{digits}} [{low:{sign}{digits}}, {high:{sign}{digits}}]".replace("-", MINUS)
 
 
 def p_text(value: float | None) -> str:

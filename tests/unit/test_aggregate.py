@@ -37,7 +37,7 @@ def rows_of(cells):
 def test_group_value_is_the_mean_over_seeds_of_ratios_of_sums():
     cells = [make_cell(0, [1.0, 9.0], [1.0, 3.0]), make_cell(1, [4.0, 4.0], [1.0, 1.0])]
     row = rows_of(cells)["feedback", 0.0]
-    assert row["value"] == pytest.approx((10 / 4 + 4) / 2) and row["seeds"] == 2 and row["units"] == 4
+    assert row["value"] == pytest.approx((10 / 4 + 4) / 2) and row["seeds"] == 2 and row["units"] == 2
     assert row["sd"] == pytest.approx(np.std([2.5, 4.0], ddof=1))
 
 
@@ -102,7 +102,7 @@ def test_a_group_without_any_value_has_a_row_that_says_so():
 def test_many_units():
     random = np.random.default_rng(2)
     row = rows_of([make_cell(seed, random.normal(size=3000)) for seed in range(2)])["feedback", 0.0]
-    assert row["units"] == 6000 and row["ci_high"] - row["ci_low"] < 1.0
+    assert row["units"] == 3000 and row["n"] == 6000 and row["ci_high"] - row["ci_low"] < 1.0
 
 
 def test_baseline_of_an_arm_is_the_dose_responses_level_zero():

@@ -241,9 +241,9 @@ def test_text_is_made_visible():
 
 
 def test_script_json_cannot_leave_its_element():
-    text = report_page.script_json({"a": "</script><!--&\u2028", "b": [float("nan"), 1.23456789, None]})
+    text = report_page.script_json({"a": "</script><!--&\u2028", "b": [float("nan"), 1.23456789012345, None], "ends": [1.0, 1.0 + 1.1e-9]})
     assert "<" not in text and ">" not in text and "&" not in text and "\u2028" not in text
-    assert json.loads(text) == {"a": "</script><!--&\u2028", "b": [None, 1.23457, None]}
+    assert json.loads(text) == {"a": "</script><!--&\u2028", "b": [None, 1.23456789, None], "ends": [1.0, 1.000000001]}
 
 
 def test_figures_follow_light_and_dark():

@@ -135,7 +135,7 @@ def test_a_level_that_one_architecture_lacks_is_missing_there():
     """A cell that was never evaluated must not turn "at each level" into "at each level that there is"."""
     facts = make_facts({ENTROPY: {"a": FALLING, "b": [*FALLING[:-1], None]}})
     judged = verdict.judge(FALLS, facts)
-    assert judged.outcome == UNDECIDED and "level 1: no difference" in judged.figures[1]
+    assert judged.outcome == UNDECIDED and "level 1: no value;" in judged.figures[1]
     facts = make_facts({HIGH_FREQUENCY: {"a": RISING, "b": [0.5, 0.6, 0.7, 0.96, None]}})
     highest = Prediction("P", "near one", HIGH_FREQUENCY, minimum=0.95)  # without a level: the highest, which b lacks
     judged = verdict.judge(highest, facts)
@@ -154,6 +154,20 @@ def test_feedback_is_the_dose_response_though_clipping_has_more_levels():
     assert judged.outcome == UNDECIDED and judged.arm == "feedback" and judged.figures == ["a, arm feedback: not decidable: level 1: no value"]
     at_half = Prediction("P", "near one", HIGH_FREQUENCY, minimum=0.95, levels=(0.5,))
     assert verdict.judge(at_half, facts).outcome == MET
+
+
+def test_a_level_without_a_baseline_is_not_said_to_be_equal_to_it():
+    judged = verdict.judge(FALLS, make_facts({ENTROPY: {"a": [None, *FALLING[1:]]}}))
+    assert judged.outcome == UNDECIDED and "level 1: no value at level 0 to compare with" in judged.figures[0]
+
+
+@pytest.mark.parametrize("name", ["predictions", "predictions_quick"])
+def test_our_predictions_are_of_feedback_whatever_else_was_run(name):
+    """Of a report that has clipping alone, they say nothing."""
+    facts = make_facts({ENTROPY: {("llama", "clipping"): RISING}, HIGH_FREQUENCY: {("llama", "clipping"): [0.5] * 5}})
+    for prediction in predictions.load_predictions(Path(verdict.__file__).parent / f"{name}.yaml"):
+        judged = verdict.judge(prediction, facts)
+        assert judged.outcome == UNDECIDED and judged.figures == ["no cell of arm feedback has a level; arms with a level: clipping"]
 
 
 def test_a_prediction_may_name_its_arm():
@@ -186,6 +200,15 @@ def test_which_arms_concentrate():
     text = " ".join(sentences.sentences(facts, [], list(lines.values())))
     assert "Besides feedback, arms that concentrate at some level: replay; in part: half; not shown to at any level: permuted (by its intervals, entropy lower by at most 0.0" in text
     assert "nats), spreading (by its intervals, entropy no lower)." in text
+
+
+@pytest.mark.parametrize("unknown", [{"difference_low": None, "difference_high": None}, {"difference_seeds": 1}])
+def test_how_much_an_arm_may_still_do_is_said_only_where_every_level_is_known(unknown):
+    facts = arm_facts({"permuted": {ENTROPY: [None, None, 4.0, None, 4.0], HIGH_FREQUENCY: [None, None, 0.5, None, 0.5]}})
+    lines = arms.arms_table(facts, [ENTROPY, HIGH_FREQUENCY])
+    assert "permuted (by its intervals" in " ".join(sentences.sentences(facts, [], lines))
+    next(line for line in lines if line["group"].arm == "permuted" and line["group"].level == 1.0)["entropy"].update(unknown)
+    assert "not shown to at any level: permuted." in " ".join(sentences.sentences(facts, [], lines))
 
 
 def test_arms_are_adjusted_for_their_number():
@@ -311,7 +334,8 @@ def test_files_of_predictions_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("given", "text"),
     [((None, None, None), "no value"), ((2.0, None, None), "2 (no interval)"), ((-0.924, -0.949, -0.903), "−0.924 [−0.949, −0.903]"),
-     ((0.5, 0.5, 0.5), "0.500 [0.500, 0.500]"), ((123.4, 100.0, 150.0), "123 [100, 150]")],
+     ((0.5, 0.5, 0.5), "0.5 (no interval)"), ((123.4, 100.0, 150.0), "123 [100, 150]"), ((1e-7, 5e-8, 1.5e-7), "1e−07 [5e−08, 1.5e−07]"),
+     ((5.0, 4.99999998, 5.00000002), "5 [4.99999998, 5.00000002]"), ((0.0, -2e-9, 3e-9), "0 [−2e−09, 3e−09]")],
 )  # fmt: skip
 def test_intervals_show_as_many_digits_as_they_support(given, text):
     assert verdict.bracket(*given) == text
