@@ -43,7 +43,7 @@ SAMPLES = 8
 PASS_AT = (1, 8)
 CHANCE = 0.0  # of a text that must match
 _PLAIN = str.maketrans({
-    **dict.fromkeys("“”„‟«»", '"'), **dict.fromkeys("‘’‚‛‹›`´", "'"), **dict.fromkeys("‐‑‒–—―−", "-"), "٫": ".", "٬": ",", "⁄": "/"})  # fmt: skip
+    **dict.fromkeys("“”„‟«»", '"'), **dict.fromkeys("‘’‚‛‹›`´", "'"), **dict.fromkeys("‐‑‒–—―−", "-"), "\u200b": " ", "٫": ".", "٬": ",", "⁄": "/"})  # fmt: skip
 _KEPT = rf"[^\p{{P}}\s{regex.escape(string.punctuation)}]"
 _FIRST_KEPT, _LAST_KEPT = regex.compile(_KEPT), regex.compile(rf"(?r){_KEPT}")
 # Nothing may adjoin that makes it part of a name, ordinal, unit, power, fraction, time or version; ++ keeps digits together.
@@ -53,7 +53,7 @@ _NUMBER = regex.compile(
     r"(?P<digits>\d{1,3}(?:,\d{3})++(?!,?\d)(?:\.\d++)?|\d++(?:\.\d++)?|(?<![\w.])\.\d++)"
     r"(?P<exponent>e[+-]?\d{1,3}(?!\d))?"
     r"(?![\p{Ll}\d_^]|[.:/]\d)")  # fmt: skip
-_NOT_IN_NUMBERS = regex.compile("[²³¹⁰⁴-⁹₀-₉]+"), regex.compile("[—―]")  # exponents; dashes that are no sign
+_NOT_IN_NUMBERS = regex.compile("[²³¹⁰⁴-⁻₀-₋]+"), regex.compile("[—―]")  # exponents; dashes that are no sign
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ def samples_measured(samples: Iterable[Sample], context: ScoringContext, metrics
             # Not by sample first, as the table is: a group of texts is all samples of a prompt.
             by_prompt = np.lexsort((table.sample, table.prompt)).astype(np.int32)
             texts = (None if sample.finish == "non_finite" else sample.text for sample in table.rows(by_prompt))
-            measured += structure_scores(texts, context.reference_texts, context.group_texts, decoding)
+            # Groups do not part the samples of a prompt.
+            each = len(table.prompt) // max(1, len(np.unique(table.prompt))) or 1
+            measured += structure_scores(texts, context.reference_texts, max(1, context.group_texts // each) * each, decoding)
     return measured
 
 

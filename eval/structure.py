@@ -20,14 +20,14 @@ import numpy as np
 import regex
 
 from .records import Measured, jackknife_units
-from .segments import find_words, plain, sentence_ends
+from .segments import UNSPACED_NOTE, count_unspaced, find_words, plain, sentence_ends
 
 LONGEST = 80  # words: the last cell of the histogram takes all longer sentences (total variation only)
 MARKS = ".,;:!?-()\"'"  # what the distribution of punctuation runs over, and "other"
 _MARK_NAMES = (*MARKS, "other")
 _BORDER = regex.compile(r"\n\s*\n")
-_PUNCTUATION = regex.compile(r"[^\w\s\p{C}]")
-_INSIDE = regex.compile(r"(?<=\w)['’.-](?=\w)|(?<=\d)[,٫٬](?=\d)")
+_PUNCTUATION = regex.compile(r"[^\w\s\p{N}\p{C}]")
+_INSIDE = regex.compile(r"(?<=\w)['‘’.·״׳‧-](?=\w)|(?<=\p{Hebrew})\"(?=\p{Hebrew})|(?<=\d)[,٫٬](?=\d)")
 _ALIKE = {'"': "“”„‟«»「」『』", "'": "‘’‚‛‹›", "-": "‐‑‒–—―", "(": "[（【《〈", ")": "]）】》〉", ".": "。｡．।॥۔።", ",": "，、､،፣",
           "!": "！", "?": "？؟", ";": "；؛", ":": "："}  # fmt: skip
 _SAME = str.maketrans({mark: like for like, marks in _ALIKE.items() for mark in marks})
@@ -53,7 +53,7 @@ def punctuation_counts(text: str) -> Counter[str]:
     """How often each of MARKS stands in `text`; typographic marks and those of other scripts count as the plain ones, if
     there is one, all else that is neither letter, digit nor combining mark as "other".
 
-    An apostrophe, hyphen, full stop or comma inside a word or number is no punctuation.
+    An apostrophe, hyphen, full stop, comma or other mark inside a word or number is no punctuation.
     """
     found = _PUNCTUATION.findall(_INSIDE.sub("", plain(text)))
     return Counter(mark if mark in MARKS else "other" for mark in "".join(found).translate(_SAME))
@@ -66,6 +66,7 @@ class Structure:
     lengths: Counter[int] = field(default_factory=Counter)
     marks: Counter[str] = field(default_factory=Counter)
     words: int = 0
+    unspaced: int = 0  # words of scripts without spaces
     texts: int = 0
     endless: int = 0
 
@@ -79,13 +80,19 @@ class Structure:
             result.lengths.update(lengths)
             result.marks.update(punctuation_counts(text))
             result.words += sum(lengths) + loose
+            result.unspaced += count_unspaced(plain(text))
             result.texts += 1
             result.endless += not lengths
         return result
 
     def __add__(self, other: "Structure") -> "Structure":
         return Structure(self.lengths + other.lengths, self.marks + other.marks, self.words + other.words,
-                         self.texts + other.texts, self.endless + other.endless)  # fmt: skip
+                         self.unspaced + other.unspaced, self.texts + other.texts, self.endless + other.endless)  # fmt: skip
+
+    @property
+    def note(self) -> str | None:
+        """What most words are, where these are not words as readers know them."""
+        return UNSPACED_NOTE if 2 * self.unspaced > self.words else None
 
     @property
     def sentences(self) -> int:
@@ -99,7 +106,7 @@ class PackedStructures(Sequence[Structure]):
         self.numbers, self.places = array("i"), array("q")
         for one in structures:
             self.places.append(len(self.numbers))
-            self.numbers.extend((one.words, one.texts, one.endless, len(one.lengths)))
+            self.numbers.extend((one.words, one.unspaced, one.texts, one.endless, len(one.lengths)))
             for length, count in one.lengths.items():
                 self.numbers.extend((length, count))
             for mark, count in one.marks.items():
@@ -110,10 +117,10 @@ class PackedStructures(Sequence[Structure]):
         return len(self.places) - 1
 
     def __getitem__(self, group: int) -> Structure:
-        words, texts, endless, lengths, *pairs = self.numbers[self.places[group] : self.places[group + 1]]
+        words, unspaced, texts, endless, lengths, *pairs = self.numbers[self.places[group] : self.places[group + 1]]
         keys, counts = pairs[::2], pairs[1::2]
         marks = Counter({_MARK_NAMES[mark]: count for mark, count in zip(keys[lengths:], counts[lengths:], strict=True)})
-        return Structure(Counter(dict(zip(keys[:lengths], counts[:lengths], strict=True))), marks, words, texts, endless)
+        return Structure(Counter(dict(zip(keys[:lengths], counts[:lengths], strict=True))), marks, words, unspaced, texts, endless)
 
     def pooled(self) -> Structure:
         """The sum of all."""
@@ -121,7 +128,8 @@ class PackedStructures(Sequence[Structure]):
         for one in self:
             total.lengths.update(one.lengths)
             total.marks.update(one.marks)
-            total.words, total.texts, total.endless = total.words + one.words, total.texts + one.texts, total.endless + one.endless
+            total.words, total.unspaced = total.words + one.words, total.unspaced + one.unspaced
+            total.texts, total.endless = total.texts + one.texts, total.endless + one.endless
         return total
 
 
@@ -193,8 +201,13 @@ class _Builder:
 
     def ratio(self, metric: str, total: Callable, count: Callable, unit: str, missing: str) -> Measured:
         totals, counts = np.array([(total(group), count(group)) for group in self.groups], dtype=np.float64).reshape(-1, 2).T
-        note = None if counts.sum() else missing
+        note = self._note(None if counts.sum() else missing, metric, unit)
         return Measured(metric, self.units, totals, counts, self.decoding, unit=unit, settings=self.settings, note=note)
+
+    def _note(self, note: str | None, metric: str, unit: str) -> str | None:
+        """`note`, and what a word is in the samples where the figure is of words."""
+        of_words = metric.startswith("sentence_length") or "word" in unit
+        return "; ".join(filter(None, (note, self.pooled.note if of_words else None))) or None
 
     def distance(self, metric: str, of: Callable[[Structure], Counter], between: Callable, unit: str, missing: str, **settings: Any) -> Measured:
         """`between` two distributions, `of` the samples and of the references; a group counts by what it adds to that of the samples."""
@@ -203,10 +216,12 @@ class _Builder:
         value = between(pooled, reference)
         if value is None:
             place = "the references" if pooled.total() else "the samples"
-            return Measured.null(metric, f"{missing}, among {place}", **where)
+            return Measured.null(metric, self._note(f"{missing}, among {place}", metric, unit), **where)
         parts = [of(group) for group in self.groups]
         # A group may hold everything there is; then there is nothing to leave out, and no spread.
         without = [between(pooled - part, reference) for part in parts]
         if len(parts) == 1 or None in without:
-            return Measured(metric, ["all"], [value], [1.0], note="one group only holds all there is: no spread", **where)
-        return Measured(metric, self.units, *jackknife_units(value, without, [part.total() for part in parts]), **where)
+            return Measured(metric, ["all"], [value], [1.0], **where,
+                            note=self._note("one group only holds all there is: no spread", metric, unit))  # fmt: skip
+        return Measured(metric, self.units, *jackknife_units(value, without, [part.total() for part in parts]), **where,
+                        note=self._note(None, metric, unit))  # fmt: skip

@@ -12,14 +12,13 @@ import numpy as np
 from scipy.special import gammaln
 
 from ..records import Measured
-from ..segments import is_unspaced, words_of
+from ..segments import UNSPACED_NOTE, is_unspaced, words_of
 from .layout import Layout
 from .ngrams import Corpus, distinct_per_owner
 
 MTLD_THRESHOLD = 0.72
 HDD_DRAWS = 42
 MIN_WORDS = HDD_DRAWS  # of a text, for both: below, HD-D is undefined and MTLD rests on part of one factor
-UNSPACED_NOTE = "most words are Han or Hiragana characters, or runs between spaces of Thai, Lao, Khmer or Burmese"
 
 
 def number_words(texts: Iterable[Sequence[str]]) -> tuple[Corpus, dict[str, int]]:

@@ -8,6 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
+from ds_stability.eval.records import Sample, ScoringContext
+from ds_stability.eval.results import samples_measured
+from ds_stability.eval.segments import UNSPACED_NOTE
 from ds_stability.eval.structure import (
     LONGEST,
     Structure,
@@ -49,6 +52,7 @@ def test_punctuation_by_hand():
         {'"': 2, ",": 1, "-": 1, ";": 1, ":": 1, "!": 1, "other": 1})  # fmt: skip
     assert punctuation_counts("[a] 'b' words only") == Counter({"(": 1, ")": 1, "'": 2})
     assert punctuation_counts("no marks") == Counter()
+    assert punctuation_counts('צה"ל ג׳ירפה "לא" Hawai‘i x² ½') == Counter('""')
     assert punctuation_counts("हिन्दी भाषा e\u0301te\u0301 3.5 1,000 e.g. می\u200cخواهم") == Counter(".")
     assert punctuation_counts("यह है। هل؟ 「好，」。«Bon»") == Counter({".": 2, "?": 1, '"': 4, ",": 1})
 
@@ -105,6 +109,17 @@ def test_texts_without_sentences_give_nulls_and_no_wrong_numbers(texts):
     assert "references" in figures_of(["A sentence."], [])["sentence_length_wasserstein"].note
 
 
+def test_rows_of_words_say_where_words_are_characters():
+    chinese, reference = ["你好。再见。", "好。"], ["A sentence."]
+    for texts, noted in ((chinese, True), (["A word. “Or” two 好."], False), (["ภาษาไทย ผมชอบ"], True)):
+        for group_texts in (1, 8):
+            figures = figures_of(texts, reference, group_texts=group_texts)
+            for name in ("sentence_length", "words_per_sentence_end", "punctuation_per_word", "sentence_length_wasserstein",
+                         "sentence_length_total_variation"):  # fmt: skip
+                assert (UNSPACED_NOTE in (figures[name].note or "")) == noted, name
+            assert UNSPACED_NOTE not in (figures["texts_without_sentence_end"].note or "")
+
+
 def test_one_group_has_a_value_and_no_spread():
     measured = figures_of(["One two. Three."], ["One. Two."], group_texts=8)["sentence_length_wasserstein"]
     assert measured.value == pytest.approx(0.5) and len(measured.units) == 1
@@ -128,3 +143,10 @@ def test_a_text_that_failed_keeps_its_place_in_the_groups():
     failed = figures_of([None, *texts[1:]], texts, group_texts=2)["sentence_length"]
     assert failed.totals.tolist() == [2.0, whole.totals[1]] and failed.counts.tolist() == [1.0, whole.counts[1]]
     assert figures_of([None, None], texts)["texts_without_sentence_end"].value is None
+
+
+@pytest.mark.parametrize(("each", "size"), [(1, 8), (3, 6), (4, 8), (9, 9)])
+def test_groups_do_not_part_the_samples_of_a_prompt(each, size):
+    samples = [Sample(prompt, "sample", number, 0, [1], "A b. C.", "eos") for prompt in range(20) for number in range(each)]
+    figure = next(one for one in samples_measured(samples, ScoringContext(9), None) if one.metric == "sentence_length")
+    assert figure.settings["group_texts"] == size and figure.counts.tolist()[:-1] == [2 * size] * (len(figure.units) - 1)
