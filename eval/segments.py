@@ -127,7 +127,8 @@ def _is_short(paragraph: str, start: int, stop: int, cased: bool) -> bool:
         return False
     word = following[1]
     if low in REFERENCES:
-        return word[0].isdecimal() or (low != "no" and _ROMAN.fullmatch(word) is not None)
+        roman = low != "no" and _ROMAN.fullmatch(word) is not None
+        return word[0].isdecimal() or (roman and (word != "I" or token[0].isupper()))  # "Sec. I", but "This is art. I like it."
     if len(word) == 1 and word.isupper() and following[2]:  # another initial follows
         return True
     return token != "I" and word.lower() not in STARTERS

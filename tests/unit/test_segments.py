@@ -88,6 +88,7 @@ MARKED = [
     "1. Open the file.|\n2. Read 3.5 MB of it.| Version 2.0 is new.| It has 12.| Done",
     "In the U.S. Senate.| In the U.S.| He left at 5 p.m. Monday, Dec. 4.| J. R. R. Tolkien wrote it.| So am I.| He ate at Smith & Co. Ltd.|",
     "Saint Maximus (died 250) is a martyr.[1]| The saint is venerated.[2][3]| Let's ask Jane and co.| It is Mt. Fuji at 5th st. near it.|",
+    "This is art.| I like it.| See Sec. I of it, and art. IV.|",
     "Wait ... and see.| He went…| Well?!| Yes ...| No.|",
     "It was Henry V.| He fell.| Call me Al.| Weird.| He lives in CA.| Mobile is in AL.| Smith v. Jones, ca. 1900.| He left.|",
     "« Vraiment ? » dit-elle.| « Oui ! »| Il dit : « Non. »| Er kam.| »Nein!« rief er.| «Sì!», disse.|",
