@@ -73,6 +73,11 @@ class Line(NamedTuple):
     undecided: str
     pairs: list[Pair]
 
+    @property
+    def measured(self) -> int:
+        """Models that have a value: only they can be worse than the best."""
+        return sum(estimate.value is not None for estimate in self.estimates)
+
 
 @dataclass
 class Comparison:
@@ -142,7 +147,7 @@ def _facts(cell: Cell) -> dict[str, Any]:
     known = [identity.get("texts"), texts.get("held_out_characters"), texts.get("train_characters")]
     cut = isinstance(suite.get("prompts"), dict) and suite["prompts"].get("source") == "held_out"
     return {
-        "suite": cell.meta.get("suite_fingerprint"), "prompts": prompts, "held_out": texts.get("held_out_sha") or known,
+        "suite": cell.meta.get("suite_fingerprint"), "version": identity.get("scores_version"), "prompts": prompts, "held_out": texts.get("held_out_sha") or known,
         TRAIN: texts.get("train_sha") or known, TOKENS: texts.get("tokenizer") or (["prompts", prompts] if cut else None),
         SET: frequent.get("sha") if isinstance(frequent, dict) else None, "task_files": identity.get("task_files"),
     }  # fmt: skip
@@ -160,6 +165,8 @@ def comparable(one: Model, two: Model, key: Key) -> tuple[str, str]:
     sampled = key.decoding is not None and "_pass_" not in key.metric
     if not same["suite"] or not same["task_files"]:
         return "evaluated under other suites", ""
+    if not same["version"]:
+        return "scored by other versions of the metrics", ""
     if TOKENS in needs and not same[TOKENS]:
         return "other tokenizers: their tokens are not the same amount of text", ""
     if SET in needs and not same[SET]:
@@ -206,7 +213,8 @@ def _own(model: Model, key: Key) -> Estimate:
     estimate = group_estimate(model.cells, key)
     noted = [str(row["note"]) for cell in model.cells if (row := cell.rows.get(key)) and row.get("note")]
     if estimate.value is None:
-        return replace(estimate, note="; ".join(dict.fromkeys(noted)) or "not measured")
+        broken = any(cell.rows[key].get("value") is not None for cell in model.cells if key in cell.rows)
+        return replace(estimate, note="; ".join(dict.fromkeys(noted)) or ("not a finite number" if broken else "not measured"))
     of_cells = [part for note in noted for part in note.split("; ") if "interval" not in part]  # those are of a cell's own interval
     return replace(estimate, note="; ".join(dict.fromkeys([*filter(None, estimate.note.split("; ")), *of_cells])))
 
@@ -241,7 +249,7 @@ def _best(models: Sequence[Model], key: Key, estimates: Sequence[Estimate], pair
     for other in values.keys() - {place}:
         pair = own.get(other)
         if pair is None or pair.why_not:
-            return None, pair.why_not if pair else f"more than {MAX_RANKED} models"
+            return None, pair.why_not if pair else f"of more than {MAX_RANKED} models, not every pair is compared"
         if not pair.decided:
             return None, "not decidable"
         if direction in (HUMAN, ZERO) and not _same_side(models, place, other, key, direction):
@@ -287,6 +295,15 @@ def _apart(model: Model, key: Key, direction: str) -> Estimate:
 def parts_of(estimate: Estimate) -> list[str]:
     """The single notes of an estimate."""
     return [part for part in estimate.note.split("; ") if part] if estimate.value is not None else [estimate.note]
+
+
+def undecided(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """Lines in which no model is marked although one could be, by the reason."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        if line.undecided:
+            found.setdefault(line.undecided, []).append(line)
+    return found
 
 
 def common_notes(estimates: Iterable[Estimate]) -> list[str]:

@@ -42,7 +42,7 @@ def conclude_evaluation(args: Namespace) -> None:
     try:
         conclude(Path(args.output_dir), _with_another_model(args))
     except UserError as error:
-        raise PageError(f"{whole}: {error}") from error
+        raise PageError(f"{whole}: {error}; then: ds-stability report {_word(args.output_dir)}") from error
     except BrokenPipeError:
         raise
     except Exception as error:

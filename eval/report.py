@@ -12,6 +12,7 @@ import shutil
 import sys
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from .sentences import sentences
 from .trend import Trend, adjust, trend
 from .verdict import Facts, Judgement, judge
 
-WARNINGS = 5  # cells that are left out, named on stderr
+WARNINGS = 5  # of a kind, named on stderr
 PREDICTION_FILES = ("predictions.yaml", "predictions.yml", "predictions.json")
 
 
@@ -88,18 +89,23 @@ def write_report(folder: Path, output: Path | None = None, baseline_level: float
 
 
 def read_analysis(folder: Path, baseline_level: float = 0.0, predictions: Path | None = None) -> Analysis:
-    """The analysis of evals/NAME; cells that are left out are named on stderr.
+    """The analysis of evals/NAME; cells that are left out, and what makes cells incomparable, are told on stderr.
 
     Raises:
         UserError: nothing to report on, or a wrong predictions file.
     """
     predictions = predictions or next((folder / name for name in PREDICTION_FILES if (folder / name).exists()), None)
     analysis = analyze(read_evaluation(folder), baseline_level, predictions)
-    for cell in analysis.evaluation.incomplete[:WARNINGS]:
-        print(safe_line(f"warning: cell {cell.id} is left out: {cell.reason}"), file=sys.stderr)
-    if len(analysis.evaluation.incomplete) > WARNINGS:
-        print(f"warning: {len(analysis.evaluation.incomplete)} cells are left out; the page names all", file=sys.stderr)
+    _warn([f"cell {cell.id} is left out: {cell.reason}" for cell in analysis.evaluation.incomplete], "cells are left out")
+    _warn(analysis.evaluation.problems, "problems")
     return analysis
+
+
+def _warn(texts: Sequence[str], what: str) -> None:
+    for text in texts[:WARNINGS]:
+        print(safe_line(f"warning: {text}"), file=sys.stderr)
+    if len(texts) > WARNINGS:
+        print(f"warning: {len(texts)} {what}; the page names all", file=sys.stderr)
 
 
 def write_page(analysis: Analysis, output: Path, baseline_level: float = 0.0) -> Path:
@@ -113,21 +119,23 @@ def write_page(analysis: Analysis, output: Path, baseline_level: float = 0.0) ->
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # it prints control characters in names as they are
         pictures = draw_figures(analysis)
+    place, advice = folder, "results.parquet and tensorboard/ go there whatever --output is: make it writable, or copy it"
     try:
         frame = io.BytesIO()
         results_frame(analysis.evaluation.cells).to_parquet(frame, index=False)
         write_atomic(folder / "results.parquet", frame.getvalue())
+        write_tensorboard(analysis, folder / "tensorboard")
+        place, advice = output, "give another --output"
         for picture in pictures:
             write_atomic(output / "figures" / f"{picture.name}.png", picture.png)
         for name, lines in tables(analysis).items():
             write_atomic(output / "tables" / f"{name}.csv", csv_text(lines))
-        write_tensorboard(analysis, folder / "tensorboard")
         page = output / "index.html"
         write_atomic(page, render(analysis, pictures, samples, baseline_level))
     except OSError as error:
         if storage_reason(error) is not None:
             raise
-        raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
+        raise UserError(f"{place}: cannot be written ({error.strerror}); {advice}") from None
     return page
 
 

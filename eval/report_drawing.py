@@ -27,6 +27,7 @@ STYLE = {
     "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "svg.hashsalt": "report", "font.size": 8.5, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
     "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "text.parse_math": False,  # names are data: a $ in one is no formula
+    "axes.titley": 1.0,  # else every drawing measures all labels to place the title: a sixth of its time
     "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "axes.formatter.useoffset": False, "grid.color": GRID,
 }  # fmt: skip
 TITLE_SIZE, TICK_SIZE = 8, 7.5  # points: 10.7 and 10 CSS pixels

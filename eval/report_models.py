@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .comparison import Comparison, Line, Model, common_notes, parts_of
+from .comparison import Comparison, Line, Model, common_notes, parts_of, undecided
 from .measures import HIGHER, HUMAN, LOWER, ZERO, measure_of
 from .report_cells import Key
 from .report_drawing import Picture
@@ -28,13 +28,12 @@ def sentences(comparison: Comparison) -> list[str]:
                 "folder to compare them."]  # fmt: skip
     text = []
     for place, model in enumerate(models):
-        best = [_name(line) for line in lines if line.best == place]
-        if best:
-            text.append(f"{model.name} is the best of {len(models)} in {_listed(best)}.")
-    asked = [line for line in lines if line.undecided]
-    if asked:
-        reasons = list(dict.fromkeys(line.undecided for line in asked))
-        text.append(f"No model is marked in {_listed([_name(line) for line in asked])}: {'; '.join(reasons)}.")
+        best = [line for line in lines if line.best == place]
+        for count in sorted({line.measured for line in best}, reverse=True):
+            which = _listed([_name(line) for line in best if line.measured == count])
+            text.append(f"{model.name} is the best of {'the ' if count < len(models) else ''}{count}{' that have a value' if count < len(models) else ''} in {which}.")
+    reasons = [f"No best in {_listed([_name(line) for line in which])}: {reason}." for reason, which in undecided(lines).items()]
+    text += [" ".join(reasons)] if reasons else []
     return text or ["No figure of these models has a direction in which one could be better."]
 
 
@@ -49,15 +48,17 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def table(comparison: Comparison) -> list[dict[str, Any]]:
-    """Lines of the page's table: title, direction, cells (value, low, high, best, note), human, chance."""
-    told = table_notes(comparison)
-    return [{
-        "title": _title(line, comparison.models), "direction": _direction(line, comparison.models),
-        "cells": [{"value": found.value, "low": found.low, "high": found.high, "best": line.best == place,
-                   "note": "; ".join(note for note in parts_of(found) if note not in told)}
-                  for place, found in enumerate(line.estimates)],
-        "human": line.human, "chance": line.chance, "undecided": line.undecided,
-    } for line in comparison.lines]  # fmt: skip
+    """Lines of the page's table: title, direction, note (what holds for all models), cells (value, low, high, best, note), human, chance."""
+    told, found = table_notes(comparison), []
+    for line in comparison.lines:
+        notes = [[note for note in parts_of(estimate) if note not in told] for estimate in line.estimates]
+        shared = [note for note in notes[0] if all(note in own for own in notes)] if len(notes) > 1 else []
+        cells = [{"value": estimate.value, "low": estimate.low, "high": estimate.high, "best": line.best == place,
+                  "note": "; ".join(note for note in own if note not in shared)}
+                 for place, (estimate, own) in enumerate(zip(line.estimates, notes, strict=True))]  # fmt: skip
+        found.append({"title": _title(line, comparison.models), "direction": _direction(line, comparison.models), "note": "; ".join(shared),
+                      "cells": cells, "human": line.human, "chance": line.chance})  # fmt: skip
+    return found
 
 
 def table_notes(comparison: Comparison) -> list[str]:

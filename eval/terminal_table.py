@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ds_stability.safe_text import safe_line
 
-from .comparison import MAX_RANKED, Comparison, Line, common_notes, parts_of
+from .comparison import MAX_RANKED, Comparison, Line, common_notes, parts_of, undecided
 from .contrasts import Estimate
 from .measures import HIGHER, HUMAN, LOWER, ZERO, measure_of
 from .report_cells import Key
@@ -143,15 +143,12 @@ def _notes(comparison: Comparison, lines: Sequence[Line], footnotes: Footnotes, 
             best = measure_of(line.key, models[0].settings(line.key)).best
             if best is not None:
                 directions.setdefault(best, []).append(_name(line.key))
-        marked = any(line.best is not None for line in lines)
-        notes.append(("* best: every other model is worse, Holm-adjusted p < 0.05." if marked else "No model is marked as the best.")
+        marked = [line for line in lines if line.best is not None]
+        others = "every other model" if all(line.measured == len(models) for line in marked) else "every other model with a value"
+        notes.append((f"* best: {others} is worse, Holm-adjusted p < 0.05." if marked else "No model is marked as the best.")
                      + "".join(f" {WORDS[best].capitalize()}: {', '.join(which)}." for best, which in directions.items()))  # fmt: skip
-        reasons: dict[str, list[str]] = {}
-        for line in lines:
-            if line.undecided:
-                reasons.setdefault(line.undecided, []).append(_name(line.key))
-        notes += [f"No best in {', '.join(which)}: {reason}." for reason, which in reasons.items()]
-    if len(models) > MAX_RANKED:
+        notes += [f"No best in {', '.join(_name(line.key) for line in which)}: {reason}." for reason, which in undecided(lines).items()]
+    if len(models) > MAX_RANKED and sum(model.trained for model in models) > 1:
         notes.append(f"More than {MAX_RANKED} models: those that were trained here are not compared in pairs.")
     notes += [f"{name} is {ascii_line(model.name)}" for name, model in zip(names, models, strict=True)
               if name != ascii_line(model.name) and len(models) <= MAX_COLUMNS]  # fmt: skip

@@ -121,6 +121,8 @@ def look(browser, path, width, dark=False):
     page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "tables scroll in their own boxes"
     assert page.evaluate("[...document.querySelectorAll('table')].every(table => table.closest('.wide'))")
+    tallest = page.evaluate("Math.max(...[...document.querySelectorAll('tbody tr')].map(row => row.getBoundingClientRect().height))")
+    assert tallest < 700, "a row fits on a phone's screen, not squeezed into a column of single words"
     assert errors == []
     return page, page.evaluate(TEXT_SIZES)
 

@@ -54,7 +54,7 @@ class Runner:
                                 text=True)  # fmt: skip
 
     def finish(self, process: subprocess.Popen, code: int = 0) -> str:
-        output = process.communicate(timeout=240)[0]
+        output = process.communicate(timeout=300)[0]
         assert process.returncode == code, output + self.logs()
         return output
 
@@ -69,7 +69,7 @@ class Runner:
         return [(row["cell"], row["resumed_from"]) for row in rows if row["event"] == "start"]
 
     def wait_for(self, condition, process: subprocess.Popen | None = None) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300  # against a hang only: a loaded machine takes minutes
         while not condition():
             assert process is None or process.poll() is None, process.communicate()[0] + self.logs()
             assert time.monotonic() < deadline, self.logs()

@@ -12,6 +12,8 @@ from ds_stability.eval.measures import HIGHER, HUMAN, LOWER, OTHER, ZERO, measur
 from ds_stability.eval.metrics import METRIC_NAMES
 from ds_stability.eval.records import Measured
 from ds_stability.eval.report_cells import Cell, Key
+from ds_stability.eval.report_models import sentences, table
+from ds_stability.eval.terminal_table import table_lines
 
 BITS, NATS = Key("bits_per_byte", None, "held_out"), Key("cross_entropy", None, "held_out")
 DISTINCT, HUMAN_DISTINCT = Key("distinct_2", "sample", None), Key("distinct_2", "reference", None)
@@ -123,6 +125,37 @@ def test_few_units_and_missing_values_say_why():
     assert line.estimates[2].value is None and line.estimates[2].note == "not measured" and len(line.pairs) == 1
     equal = compared(model("a", {BITS: np.full(9, 3.0)}), model("b", {BITS: np.full(9, 3.0)}))[BITS]
     assert equal.estimates[0].low is None and "equal: no interval" in equal.estimates[0].note and equal.best is None
+
+
+def test_the_best_of_those_that_have_a_value_is_no_best_of_all():
+    cells = [model("a", {BITS: 2 + noise(0)}), model("b", {BITS: 3 + noise(1)}), model("c", {BITS: noise(2)})]
+    cells[2].rows[BITS]["value"] = float("nan")
+    comparison = compare(groups_of(cells))
+    (line,) = comparison.lines
+    assert line.best == 0 and line.measured == 2 and line.estimates[2].note == "not a finite number"
+    assert sentences(comparison) == ["a is the best of the 2 that have a value in bits per byte."]
+    assert "every other model with a value is worse" in "\n".join(table_lines(comparison))
+
+
+def test_what_holds_for_all_models_of_a_line_is_told_once():
+    comparison = compare(groups_of([model(name, {BITS: np.full(9, 3.0), NATS: noise(1)}) for name in "ab"]))
+    lines = table(comparison)
+    assert [line["note"] for line in lines] == ["all 9 units are equal: no interval", ""]
+    assert [cell["note"] for line in lines for cell in line["cells"]] == [""] * 4
+
+
+def test_each_measure_without_a_best_has_its_own_reason():
+    text = noise(0, scale=2.0)
+    cells = [model("a", {BITS: 3 + text, NATS: 3 + text}), model("b", {BITS: 3 + text + noise(1), NATS: 3 + text}, tokenizer="other")]
+    expected = "No best in bits per byte: not decidable. No best in cross-entropy: other tokenizers: their tokens are not the same amount of text."
+    assert sentences(compare(groups_of(cells))) == [expected]
+
+
+def test_scores_of_another_version_are_not_compared():
+    cells = [model("a", {BITS: 2 + noise(0)}), model("b", {BITS: 3 + noise(1)})]
+    cells[1].meta["identity"]["scores_version"] = 3
+    line = compared(*cells)[BITS]
+    assert line.best is None and line.undecided == "scored by other versions of the metrics"
 
 
 def test_units_that_differ_are_told():

@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import report_data  # noqa: E402
 
+from ds_stability.errors import UserError  # noqa: E402
 from ds_stability.eval import report, report_models  # noqa: E402
 
 
@@ -46,7 +47,7 @@ def test_a_sweep_with_an_untouched_model_has_both(tmp_path):
     assert text.index('id="headline"') < text.index('id="arms"') < text.index('id="models"') < text.index('id="pairs"')
     assert '<a href="#models">' in text
     alone = report_data.write_evaluation(tmp_path / "f", ("gpt2",), (0.0, 1.0), (0, 1), arms=False, units=6, decodings=("sample",), steps=5, untouched=False)
-    assert 'id="models"' not in report.write_report(alone).read_text(encoding="utf-8"), "levels of one run are no rivals"
+    assert not report.read_analysis(alone).has_models, "levels of one run are no rivals"
 
 
 def test_each_sample_stands_under_its_own_prompt(tmp_path):
@@ -67,3 +68,23 @@ def test_next_to_nothing_is_reported_with_reasons(tmp_path, units):
         report_data.write_cell(folder, name, None, None, 0.3 * place, None, units, None, ("sample",), 0)
     text = report.write_report(folder).read_text(encoding="utf-8")
     assert ("one seed and one unit: no interval" in text) == (units == 1)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    """With --output elsewhere, what stands beside the cells is what fails."""
+    folder = foreign(tmp_path / "e", ("a",))
+    (folder / "results.parquet").mkdir()
+    with pytest.raises(UserError, match=r"/e: cannot be written .*results.parquet and tensorboard/ go there"):
+        report.write_report(folder, tmp_path / "r")
+    (folder / "results.parquet").rmdir()
+    (tmp_path / "r").write_text("")
+    with pytest.raises(UserError, match=r"r: cannot be written .*give another --output"):
+        report.write_report(folder, tmp_path / "r")
+
+
+def test_what_makes_cells_incomparable_is_told_on_the_terminal(tmp_path, capsys):
+    folder = foreign(tmp_path / "e", ("a", "b"))
+    cell = folder / "cells" / "b" / "cell.json"
+    cell.write_text(json.dumps({**json.loads(cell.read_text()), "suite_fingerprint": "e" * 8}))
+    report.read_analysis(folder)
+    assert "warning: the cells were evaluated under 2 different suites" in capsys.readouterr().err

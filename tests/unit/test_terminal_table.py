@@ -77,6 +77,11 @@ def test_many_models_are_lines():
     assert sum(line.endswith("*") for line in lines) == 1
 
 
+def test_models_of_others_are_compared_however_many():
+    cells = [model(f"m{number:02d}", {BITS: 3 + 0.1 * number + noise(0)}) for number in range(14)]
+    assert "not compared in pairs" not in "\n".join(table(*cells))
+
+
 def test_why_there_is_no_interval_is_a_footnote():
     lines = table(model("a", {BITS: np.full(5, 2.0)}), model("b", {BITS: 3 + noise(0)}))
     assert any("  2 * (a)  " in line for line in lines), "no width 0"
