@@ -15,7 +15,6 @@ from .contrasts import difference_estimate, group_estimate
 from .report_cells import Cell, Key
 
 RESULT_COLUMNS = ("run", "level", "arch", "seed", "arm", "decoding", "split", "metric", "value", "stderr", "ci_low", "ci_high", "n", "note")  # fmt: skip
-REFERENCE = "reference"  # the decoding whose "samples" are the human continuations
 PLAIN_ARMS = ("feedback", "none", "no_feedback", "plain", "unweighted")  # where the baseline is looked for first
 
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from .contrasts import Estimate, difference_estimate, group_estimate, holm
 from .measures import HUMAN, LOWER, SET, TOKENS, TRAIN, ZERO, measure_of
+from .records import REFERENCE
 from .report_cells import UNTOUCHED, Cell, Key
+from .spread import ALPHA
 
-REFERENCE = "reference"  # the decoding whose "samples" are the human continuations
 MAX_RANKED = 12  # models; of more, only those that no run of ours made are compared with all
-ALPHA = 0.05
 SIZES = ("group_tokens", "group_bytes", "group_texts", "window")  # settings without which a figure is another one
 SAMPLED = ("high_frequency_share", "distinct_2", "seq_rep_4", "generation_entropy", "self_bleu_4", "eos_rate")
 TEXT = ("bits_per_byte", "cross_entropy", "predictive_entropy", "calibration_gap")

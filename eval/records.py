@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 FINISH_REASONS = ("eos", "length", "non_finite")
+REFERENCE = "reference"  # the decoding whose "samples" are the human continuations
 Bigrams = tuple[np.ndarray, np.ndarray]  # pairs int64 [R, 2], counts int64 [R]
 
 

@@ -26,7 +26,6 @@ from ds_stability.safe_text import safe_line
 
 from . import report_curves, report_figures, report_forest, report_models
 from .aggregate import (
-    REFERENCE,
     Group,
     group_rows,
     groups_of,
@@ -37,6 +36,7 @@ from .aggregate import (
 from .arms import arms_table
 from .comparison import Comparison, compare
 from .predictions import load_predictions
+from .records import REFERENCE
 from .report_cells import UNTOUCHED, Cell, Evaluation, Key, read_evaluation
 from .report_drawing import Picture
 from .report_page import render

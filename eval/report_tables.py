@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from .aggregate import REFERENCE
+from .records import REFERENCE
 from .report_cells import Key
 from .report_samples import visible
 from .verdict import ENTROPY, HIGH_FREQUENCY

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from .records import Measured, Prompt, Sample, ScoringContext, Task
+from .records import REFERENCE, Measured, Prompt, Sample, ScoringContext, Task
 from .sample_table import tables_of
-from .suite import REFERENCE, Suite
+from .suite import Suite
 from .work import SAMPLES
 
 SCORES_VERSION = 3  # raised whenever a figure of the same records changes: old cells then do not pass for new ones

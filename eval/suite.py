@@ -20,8 +20,9 @@ from ds_stability.config_errors import InvalidValue, did_you_mean, one_line, sho
 from ds_stability.errors import UserError
 from ds_stability.safe_read import is_text, read_yaml
 
+from .records import REFERENCE
+
 SUITES = Path(__file__).parent / "suites"
-REFERENCE = "reference"  # the decoding under which human continuations are scored
 MAX_COUNT = 10**9
 MAX_NAME = 200
 
